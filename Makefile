@@ -1,0 +1,39 @@
+# Everything a person or CI runs. `make demo` and `make test` set themselves up on a fresh machine.
+PYTHON ?= python3
+VENV   ?= .venv
+PY     := $(VENV)/bin/python
+STAMP  := $(VENV)/.installed
+
+.PHONY: setup demo test test-gpu lint format bench clean
+
+setup: $(STAMP)
+
+$(STAMP): requirements.txt requirements-dev.txt
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $(STAMP)
+
+test: setup lint
+	$(PY) -m pytest
+
+test-gpu: setup
+	$(PY) -m pytest -m gpu
+
+lint: setup
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+format: setup
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+demo: setup
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" bash scripts/demo.sh
+
+bench: setup
+	$(PY) benchmarks/startup.py
+	$(PY) benchmarks/dataloader.py
+	$(PY) benchmarks/inference_cpu.py
+
+clean:
+	rm -rf runs .pytest_cache .ruff_cache

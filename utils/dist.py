@@ -1,0 +1,87 @@
+"""Several processes: read torchrun's variables once, in main, and carry the result as a value."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from utils.errors import ConfigError
+
+TIMEOUT = timedelta(hours=3)
+"""How long a rank waits for another (rank 0 may be scanning a large data set)."""
+
+
+@dataclass(frozen=True)
+class World:
+    """Who this process is among its peers. A run without torchrun is World(0, 0, 1)."""
+
+    rank: int = 0
+    local_rank: int = 0
+    size: int = 1
+
+    @property
+    def main(self) -> bool:
+        """True in the one process that logs, validates and saves."""
+        return self.rank == 0
+
+
+def init_distributed(cuda: bool) -> World:
+    """Join the process group when torchrun started us (RANK, LOCAL_RANK, WORLD_SIZE); nccl on CUDA, else gloo.
+
+    Raises ConfigError when torchrun started more processes than there are GPUs.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        return World()
+    world = World(int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0")), size)
+    if cuda:
+        if torch.cuda.device_count() <= world.local_rank:
+            raise ConfigError(
+                f"torchrun --nproc_per_node asks for process {world.local_rank} but there are "
+                f"{torch.cuda.device_count()} CUDA devices"
+            )
+        torch.cuda.set_device(world.local_rank)
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=TIMEOUT)
+    return world
+
+
+def close_distributed(world: World) -> None:
+    """Leave the process group together: a rank that leaves early can abort its peers."""
+    if world.size > 1 and dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+@contextmanager
+def main_first(world: World) -> Iterator[None]:
+    """Rank 0 runs the block, then the others: they find the caches it wrote."""
+    if world.size > 1 and not world.main:
+        dist.barrier()
+    yield
+    if world.size > 1 and world.main:
+        dist.barrier()
+
+
+def broadcast(value: Any, world: World) -> Any:
+    """Rank 0's value in every rank (a small picklable object)."""
+    if world.size == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def all_reduce_mean(tensor: torch.Tensor, world: World) -> torch.Tensor:
+    """Mean of a tensor over the ranks, as a new tensor."""
+    if world.size == 1:
+        return tensor
+    total = tensor.clone()
+    dist.all_reduce(total)
+    return total / world.size

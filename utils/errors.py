@@ -1,0 +1,102 @@
+"""What goes wrong because of the input, told in one line.
+
+UserError                 the user can mend it; one line on stderr, exit status 2
+ +- ConfigError           a flag, a hyp.yaml, a model.yaml
+ +- DataError             a dataset YAML, an image, a label file
+ +- CheckpointError       a weights file
+ +- SourceError           something detect.py was asked to read
+ +- ExportError           a file in another format
+ +- ResourceError         memory, disk, permissions, a device that is not there
+
+Anything else that escapes is a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+
+
+class UserError(Exception):
+    """Base of every error that the user can mend. The text is the whole message: what, where, what to do."""
+
+    exit_code = 2
+
+
+class ConfigError(UserError):
+    """A flag or a configuration file asks for something that cannot be."""
+
+
+class DataError(UserError):
+    """A dataset YAML, image or label file is missing or faulty."""
+
+
+class CheckpointError(UserError):
+    """A weights file is missing, damaged, foreign or does not fit the model."""
+
+
+class SourceError(UserError):
+    """A picture, video or stream given to detect.py cannot be read."""
+
+
+class ExportError(UserError):
+    """A model could not be written or read back in another format."""
+
+
+class ResourceError(UserError):
+    """Memory, disk space, permissions or a device are not there."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """``", did you mean 'x'?"`` for the nearest known word, or an empty string."""
+    near = difflib.get_close_matches(str(word), [str(k) for k in known], n=1, cutoff=0.6)
+    return f", did you mean '{near[0]}'?" if near else ""
+
+
+_OS_HINTS = {
+    errno.ENOSPC: "the disk is full: free some space or choose another --project folder",
+    errno.EDQUOT: "the disk quota is used up: free some space or choose another --project folder",
+    errno.EROFS: "the file system is read-only: choose another --project folder",
+    errno.EACCES: "permission denied: choose a folder you may write to (--project)",
+    errno.EPERM: "not permitted: choose a folder you may write to (--project)",
+}
+
+
+def explain_os_error(error: OSError) -> str | None:
+    """One line for the faults of disks and permissions; None for an OSError that is more likely a bug."""
+    hint = _OS_HINTS.get(error.errno or 0)
+    return f"{error.filename or 'cannot write'}: {hint}" if hint else None
+
+
+def run_cli(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
+    """Run a script's ``main(argv)`` and turn what the user can mend into one line and an exit status.
+
+    Returns 0 (or what main returned), 2 for a UserError, 130 after Ctrl-C. ``--debug`` anywhere in argv keeps
+    tracebacks. Bugs propagate untouched.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in argv
+    try:
+        return main(argv) or 0
+    except UserError as error:
+        if debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `detect.py ... | head`: the reader left, nothing is wrong
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except OSError as error:
+        line = explain_os_error(error)
+        if debug or line is None:
+            raise
+        print(f"error: {line}", file=sys.stderr)
+        return ResourceError.exit_code

@@ -1,0 +1,98 @@
+"""What a run writes into its checkpoints, and how it takes it up again."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+
+from engine.epoch import Learner
+from utils.checkpoint import read_checkpoint, rng_state, save_checkpoint, set_rng_state
+from utils.config import Hyp, TrainConfig
+from utils.early_stopping import EarlyStopping
+from utils.errors import CheckpointError
+
+
+@dataclass
+class Progress:
+    """Where a run stands between epochs."""
+
+    stopper: EarlyStopping
+    start_epoch: int = 0
+    best_fitness: float = 0.0
+    class_maps: list[float] = field(default_factory=list)  # mAP per class, for --image-weights
+
+
+def describe_run(model, cfg: TrainConfig, hyp: Hyp) -> dict[str, Any]:
+    """The checkpoint's ``meta``: all that rebuilds the model and says how it was trained, as plain data."""
+    return {
+        "yaml": model.yaml,
+        "nc": model.nc,
+        "names": dict(model.names),
+        "stride": model.stride.tolist(),
+        "anchors": (model.detect.anchors * model.detect.stride.view(-1, 1, 1)).flatten(1).tolist(),
+        "imgsz": cfg.imgsz,
+        "hyp": hyp.to_dict(),
+        "opt": {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(cfg).items()},
+        "versions": {"torch": torch.__version__, "torchvision": torchvision.__version__, "python": platform.python_version()},
+    }
+
+
+def _whole_model(model: torch.nn.Module) -> torch.nn.Module:
+    return model.module if hasattr(model, "module") else model
+
+
+def save_last(path: Path, learner: Learner, meta: dict, progress: Progress, epoch: int, metrics: dict[str, float]) -> None:
+    """Write everything that ``--resume`` needs to go on exactly, after ``epoch`` was completed."""
+    train = {
+        "model": _whole_model(learner.model).state_dict(),
+        "optimizer": learner.optimizer.state_dict(),
+        "scaler": learner.scaler.state_dict(),
+        "ema_updates": learner.ema.updates,
+        "last_step": learner.last_step,
+        "best_fitness": progress.best_fitness,
+        "stopper": progress.stopper.state_dict(),
+        "class_maps": list(progress.class_maps),
+        "rng": rng_state(),
+    }
+    meta = {**meta, "epoch": epoch, "metrics": metrics, "date": datetime.now().isoformat(timespec="seconds")}
+    save_checkpoint(path, learner.ema.model.state_dict(), meta, {**train, "epoch": epoch})
+
+
+def save_best(path: Path, state: dict, meta: dict, epoch: int, metrics: dict[str, float]) -> None:
+    """Write the averaged weights alone, in half precision: small, and all that val, detect and export need."""
+    meta = {**meta, "epoch": epoch, "metrics": metrics, "date": datetime.now().isoformat(timespec="seconds")}
+    half = {k: v.half() if v.is_floating_point() else v for k, v in state.items()}
+    save_checkpoint(path, half, meta)
+
+
+def restore(path: str | Path, learner: Learner, progress: Progress) -> None:
+    """Put a run back to where ``path`` (its last.pt) was written: weights, EMA, optimizer, scaler, RNG, counters.
+
+    Raises CheckpointError when the file holds no training state or does not fit this model.
+    """
+    checkpoint = read_checkpoint(path)
+    state = checkpoint.train
+    if not state:
+        raise CheckpointError(f"{path}: holds weights only, nothing to resume; start anew with --weights {path}")
+    try:
+        _whole_model(learner.model).load_state_dict(state["model"])
+        if learner.ema is not None:
+            learner.ema.model.load_state_dict(checkpoint.model)
+            learner.ema.updates = state["ema_updates"]
+        learner.optimizer.load_state_dict(state["optimizer"])
+        learner.scaler.load_state_dict(state["scaler"])
+    except (KeyError, RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"{path}: its training state does not fit this model ({reason})") from error
+    learner.last_step = state["last_step"]
+    progress.start_epoch = state["epoch"] + 1
+    progress.best_fitness = state["best_fitness"]
+    progress.class_maps = list(state["class_maps"])
+    progress.stopper.load_state_dict(state["stopper"])
+    set_rng_state(state["rng"])

@@ -1,0 +1,132 @@
+"""The architecture, pinned: who imports whom (docs/architecture.md), and that importing changes nothing."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("engine", "models", "utils", "deploy")
+SCRIPTS = ("train", "val", "detect", "export")
+
+LEVELS = {
+    0: "models.ops.* models.activations utils.errors utils.files utils.dist utils.device utils.console utils.boxes "
+    "utils.labels utils.augmentations utils.images utils.optim utils.schedule utils.early_stopping",
+    1: "models.common models.deform models.transformer models.ghost utils.config utils.dataset utils.mosaic utils.label_cache "
+    "utils.check_data utils.loss utils.nms utils.metrics utils.confusion utils.checkpoint utils.ema utils.loggers "
+    "utils.plots utils.curves utils.sources utils.streams utils.cli utils.dcn_watch",
+    2: "models.parser models.yolo models.tta utils.dataloaders utils.coco utils.autoanchor utils.autobatch",
+    3: "models.load models.surgery models.summary models.api models",
+    4: "engine.*",
+    5: "train val detect export",
+}
+
+SIDEWAYS: set[tuple[str, str]] = set()
+
+
+def modules() -> dict[str, Path]:
+    found = {name: ROOT / f"{name}.py" for name in SCRIPTS if (ROOT / f"{name}.py").exists()}
+    for package in PACKAGES:
+        for path in (ROOT / package).rglob("*.py"):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+MODULES = modules()
+
+
+def level(module: str) -> int | None:
+    for number, names in LEVELS.items():
+        for name in names.split():
+            if module == name or (name.endswith(".*") and module.startswith(name[:-1])):
+                return number
+    return None
+
+
+def imports_of(path: Path) -> set[str]:
+    """First-party modules that a file imports anywhere, functions included."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found |= {f"{node.module}.{a.name}" if f"{node.module}.{a.name}" in MODULES else node.module for a in node.names}
+    return {name for name in found if name.split(".")[0] in (*PACKAGES, *SCRIPTS)}
+
+
+EMPTY = {"utils", "engine", "models.ops", "deploy"}
+
+
+@pytest.mark.parametrize("module", sorted(set(MODULES) - EMPTY))
+def test_imports_go_down(module: str) -> None:
+    own = level(module)
+    assert own is not None, f"{module} has no level: add it to LEVELS and to docs/architecture.md"
+    for target in imports_of(MODULES[module]):
+        if target == module or target in EMPTY:
+            continue
+        assert target in MODULES, f"{module} imports {target}, which does not exist"
+        fine = level(target) < own or (module, target) in SIDEWAYS
+        assert fine, f"{module} (level {own}) imports {target} (level {level(target)})"
+
+
+@pytest.mark.parametrize("package", ["models", "utils"])
+def test_packages_keep_their_direction(package: str) -> None:
+    forbidden = {"models": ("engine", "deploy", *SCRIPTS), "utils": ("models", "engine", "deploy", *SCRIPTS)}[package]
+    for module, path in MODULES.items():
+        if module.split(".")[0] == package:
+            assert not [t for t in imports_of(path) if t.split(".")[0] in forbidden], module
+
+
+SNAPSHOT = """
+import os, sys, random, socket, subprocess, warnings
+import numpy, torch, torchvision, cv2, yaml, PIL.Image
+def refuse(*a, **k): raise RuntimeError("imports must not touch the network or start processes")
+socket.socket.connect = refuse; subprocess.Popen.__init__ = refuse; os.system = refuse
+def state():
+    return (dict(os.environ), list(sys.path), torch.get_num_threads(), cv2.getNumThreads(), random.getstate(),
+            torch.get_rng_state().tolist(), numpy.random.get_state()[1].tolist(), repr(numpy.get_printoptions()),
+            torch.are_deterministic_algorithms_enabled(), list(warnings.filters))
+before = state()
+import importlib
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+    after = state()
+    assert after == before, name + " changes global state when imported"
+"""
+
+
+def test_importing_changes_nothing() -> None:
+    names = sorted(set(MODULES))
+    done = subprocess.run([sys.executable, "-c", SNAPSHOT, *names], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("script", [s for s in SCRIPTS if s in MODULES])
+def test_flags_are_parsed_before_torch_is_loaded(script: str) -> None:
+    code = (
+        f"import sys, {script}\n"
+        f"assert not [m for m in ('torch', 'cv2', 'numpy', 'matplotlib') if m in sys.modules], 'heavy import'\n"
+        f"{script}.build_parser().parse_args([])\n"
+        f"assert 'torch' not in sys.modules"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_the_common_words_of_danger_are_absent() -> None:
+    """No eval, exec, pickle, shell or unrestricted torch.load anywhere in the program."""
+    for module, path in MODULES.items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call):
+                name = ast.unparse(node.func)
+                assert name not in {"eval", "exec", "os.system", "pickle.load", "pickle.loads", "yaml.load"}, module
+                if name == "torch.load":
+                    assert "weights_only=True" in ast.unparse(node), module
+                assert not any(k.arg == "shell" for k in node.keywords), module

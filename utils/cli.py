@@ -1,0 +1,108 @@
+"""The command line's common parts: a parser whose errors are one clear line, flags that several scripts share.
+
+Imports nothing heavy: ``--help`` and a wrong flag are answered before torch is loaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from utils.errors import ConfigError, did_you_mean
+
+# Flags of YOLOv5 that are absent on purpose: the answer to who types them.
+ABSENT = {
+    "--evolve": "hyper-parameter evolution is not offered; give hyp files with --hyp",
+    "--evolve_population": "hyper-parameter evolution is not offered; give hyp files with --hyp",
+    "--resume_evolve": "hyper-parameter evolution is not offered; give hyp files with --hyp",
+    "--bucket": "nothing is uploaded from here; copy runs/ with a tool of your own",
+    "--entity": "no hosted logger is built in; results.csv and TensorBoard are always written",
+    "--upload_dataset": "nothing is uploaded from here",
+    "--bbox_interval": "no hosted logger is built in; results.csv and TensorBoard are always written",
+    "--artifact_alias": "no hosted logger is built in; results.csv and TensorBoard are always written",
+    "--dnn": "OpenCV's DNN runtime is not offered; ONNX files run in ONNX Runtime",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """ArgumentParser that answers a wrong flag with one line, the nearest flag and exit status 2."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise ConfigError (run_cli prints it) instead of a page of usage."""
+        raise ConfigError(self._explain(message))
+
+    def _explain(self, message: str) -> str:
+        unknown = re.search(r"unrecognized arguments: (.*)", message)
+        if not unknown:
+            return f"{message.replace('argument ', '', 1)} (see {self.prog} --help)"
+        words = unknown.group(1).split()
+        flag = next((w for w in words if w.startswith("-")), words[0])
+        name = flag.split("=")[0]
+        if name in ABSENT:
+            return f"{name}: {ABSENT[name]}"
+        known = [s for a in self._actions for s in a.option_strings if s.startswith("--")]
+        return f"{name}: no such flag{did_you_mean(name, known)} (see {self.prog} --help)"
+
+    def given(self, argv: Sequence[str]) -> set[str]:
+        """Names (underscored) of the flags that ``argv`` really holds, as opposed to defaults."""
+        bare = Parser(prog=self.prog, add_help=False, argument_default=argparse.SUPPRESS, parents=[])
+        for action in self._actions:
+            if not isinstance(action, argparse._HelpAction):
+                bare._add_action(_without_default(action))
+        return set(vars(bare.parse_args(argv)))
+
+
+def _without_default(action: argparse.Action) -> argparse.Action:
+    import copy
+
+    twin = copy.copy(action)
+    twin.default = argparse.SUPPRESS
+    return twin
+
+
+def add_run_flags(parser: argparse.ArgumentParser, project: str) -> None:
+    """--project --name --exist-ok --device --debug, the same in every script."""
+    group = parser.add_argument_group("run")
+    group.add_argument("--project", default=project, metavar="DIR", help="results go to PROJECT/NAME (default: %(default)s)")
+    group.add_argument("--name", default="exp", help="folder name; exp2, exp3, ... when taken (default: %(default)s)")
+    group.add_argument("--exist-ok", action="store_true", help="write into PROJECT/NAME even when it exists")
+    group.add_argument("--device", default="", help="cpu, mps, 0, 0,1 under torchrun; default: the first GPU, else the CPU")
+    group.add_argument("--debug", action="store_true", help="show a traceback instead of a one-line error")
+
+
+def image_size_flag(parser: Any, default: int = 640, nargs: str | None = None) -> None:
+    """--imgsz with its two other names; pixels of the longer side."""
+    parser.add_argument(
+        "--imgsz", "--img", "--img-size", type=int, default=default if nargs is None else [default], nargs=nargs,
+        metavar="PIXELS", help=f"network input size, a multiple of 32 (default: {default})",
+    )  # fmt: skip
+
+
+def keywords_to_argv(parser: argparse.ArgumentParser, kwargs: dict[str, Any]) -> list[str]:
+    """The command line for ``run(**kwargs)``: names in underscore form, True for a switch, a list for several values.
+
+    Raises ConfigError for a name that is no flag.
+    """
+    flags = {a.dest: a for a in parser._actions if a.option_strings}
+    for action in list(flags.values()):
+        for option in action.option_strings:
+            flags.setdefault(option.lstrip("-").replace("-", "_"), action)
+    argv: list[str] = []
+    for name, value in kwargs.items():
+        if name not in flags:
+            raise ConfigError(f"{name}: no such argument{did_you_mean(name, flags)}")
+        action = flags[name]
+        option = max(action.option_strings, key=len)
+        if action.nargs == 0:
+            argv += [option] if value else []
+        elif value is None or value is False:
+            continue
+        elif value is True and action.nargs == "?":
+            argv.append(option)
+        elif isinstance(value, (list, tuple)):
+            argv += [option, *map(str, value)]
+        else:
+            argv.append(f"{option}={value}")
+    return argv

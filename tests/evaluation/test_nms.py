@@ -1,0 +1,93 @@
+"""NMS against upstream's kept rows, and the promises upstream does not make."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from utils import nms as nms_module
+from utils.errors import ConfigError
+from utils.nms import non_max_suppression
+
+REFERENCE = Path(__file__).parents[1] / "reference"
+CASES = json.loads((REFERENCE / "nms.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def arrays():
+    return dict(np.load(REFERENCE / "nms.npz"))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_equals_reference_and_leaves_input_alone(name, arrays):
+    case = CASES[name]
+    pred = torch.from_numpy(arrays[case["input"]])
+    before = pred.clone()
+    labels = [torch.from_numpy(arrays[f"{name}/labels0"]), torch.zeros(0, 5)] if name == "hybrid_labels" else ()
+    out = non_max_suppression(pred, **case["kwargs"], labels=labels)
+    assert torch.equal(pred, before)
+    for i, detections in enumerate(out):
+        assert detections.dtype == torch.float32
+        expected = torch.from_numpy(arrays[f"{name}/out{i}"])
+        assert torch.allclose(in_order(detections), in_order(expected), atol=1e-4)
+
+
+def in_order(detections):
+    """Rows by falling score; equal scores (two hybrid labels have 1.0) by class."""
+    return torch.from_numpy(detections.numpy()[np.lexsort((detections[:, 5], -detections[:, 4]))])
+
+
+def box(cx, cy, score, nc=2, cls=0, size=10.0):
+    row = torch.zeros(5 + nc)
+    row[:4] = torch.tensor([cx, cy, size, size])
+    row[4], row[5 + cls] = score, 1.0
+    return row
+
+
+def test_no_predictions_and_no_images():
+    assert non_max_suppression(torch.zeros(0, 5, 7)) == []
+    assert [tuple(d.shape) for d in non_max_suppression(torch.zeros(2, 0, 7))] == [(0, 6), (0, 6)]
+    assert [tuple(d.shape) for d in non_max_suppression(torch.zeros(1, 4, 7), multi_label=True)] == [(0, 6)]
+
+
+def test_threshold_is_strict():
+    pred = box(20, 20, 0.25)[None, None]
+    assert len(non_max_suppression(pred, conf_thres=0.25)[0]) == 0
+    assert len(non_max_suppression(pred, conf_thres=0.249)[0]) == 1
+
+
+def test_non_finite_rows_are_left_out():
+    bad_box, bad_score = box(20, 20, 0.9), box(60, 20, 0.9)
+    bad_box[2], bad_score[5] = float("inf"), float("nan")
+    pred = torch.stack((bad_box, bad_score, box(100, 20, 0.8)))[None]
+    for multi_label in (False, True):
+        (out,) = non_max_suppression(pred, multi_label=multi_label)
+        assert out.tolist() == [pytest.approx([95, 15, 105, 25, 0.8, 0])]
+
+
+def test_classes_stay_apart_in_images_wider_than_the_offset():
+    # class 0 at x = 7680 + 100 and class 1 at x = 100 would coincide with a fixed offset of 7680
+    pred = torch.stack((box(7780, 50, 0.9, cls=0), box(100, 50, 0.8, cls=1)))[None]
+    assert len(non_max_suppression(pred)[0]) == 2
+
+
+def test_bound_on_candidates_keeps_the_best(monkeypatch):
+    monkeypatch.setattr(nms_module, "MAX_CANDIDATES", 3)
+    pred = torch.stack([box(50 * i, 20, 0.3 + 0.1 * i) for i in range(6)])[None]
+    (out,) = non_max_suppression(pred)
+    assert out[:, 4].tolist() == pytest.approx([0.8, 0.7, 0.6])
+
+
+def test_half_precision_input_gives_float32():
+    (out,) = non_max_suppression(box(20, 20, 0.5)[None, None].half())
+    assert out.dtype == torch.float32 and len(out) == 1
+
+
+@pytest.mark.parametrize(
+    "bad", [{"conf_thres": 1.5}, {"iou_thres": -0.1}, {"conf_thres": float("nan")}, {"max_det": 0}]
+)
+def test_bad_thresholds_are_one_line(bad):
+    with pytest.raises(ConfigError, match=f"--{next(iter(bad)).replace('_', '-')}"):
+        non_max_suppression(torch.zeros(1, 1, 7), **bad)

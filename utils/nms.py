@@ -1,0 +1,99 @@
+"""Non-maximum suppression of decoded predictions. The result never depends on how fast the machine is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torchvision.ops import nms
+
+from utils.boxes import cxcywh_to_xyxy
+from utils.errors import ConfigError
+
+CLASS_OFFSET = 7680.0
+"""Boxes of different classes are moved apart by at least this many pixels, so that one call serves all classes."""
+
+MAX_CANDIDATES = 30_000
+"""At most this many boxes an image, the highest scores, enter suppression: the bound on time and memory."""
+
+
+def non_max_suppression(
+    pred: Tensor,
+    conf_thres: float = 0.25,
+    iou_thres: float = 0.45,
+    classes: Sequence[int] | None = None,
+    agnostic: bool = False,
+    multi_label: bool = False,
+    max_det: int = 300,
+    labels: Sequence[Tensor] = (),
+) -> list[Tensor]:
+    """Greedy NMS, image by image.
+
+    ``pred`` (B, N, 5+nc): cx, cy, w, h in network pixels, objectness, class probabilities; it is not modified.
+    A box's score in a class is objectness x probability; boxes and objectness must exceed ``conf_thres`` (strictly).
+    ``multi_label`` keeps a box once for every class that exceeds it, otherwise only in its best class.
+    ``classes`` keeps only these; ``agnostic`` lets boxes of different classes suppress each other.
+    ``labels``: one (m, 5) tensor an image, class, cx, cy, w, h in network pixels, that join as certain detections.
+
+    Returns a list over B of (n, 6) float32, n <= ``max_det``: x1, y1, x2, y2 in network pixels, score, class, by
+    falling score. Rows with non-finite boxes or scores are left out. Raises ConfigError for a bad threshold.
+    """
+    check_thresholds(conf_thres, iou_thres, max_det)
+    multi_label = multi_label and pred.shape[2] > 6
+    found = []
+    for index, rows in enumerate(pred):
+        rows = rows[rows[:, 4] > conf_thres].float()
+        if len(labels):
+            rows = torch.cat((rows, _label_rows(labels[index].to(rows), rows.shape[1])))
+        candidates = _candidates(rows, conf_thres, multi_label)
+        if classes is not None:
+            wanted = torch.as_tensor(list(classes), device=rows.device, dtype=candidates.dtype)
+            candidates = candidates[torch.isin(candidates[:, 5], wanted)]
+        found.append(_suppress(candidates, iou_thres, agnostic, max_det))
+    return found
+
+
+def check_thresholds(conf_thres: float, iou_thres: float, max_det: int = 1) -> None:
+    """Raise ConfigError, naming the flag, unless both thresholds lie in 0..1 and ``max_det`` is at least 1."""
+    for flag, value in (("--conf-thres", conf_thres), ("--iou-thres", iou_thres)):
+        if not 0 <= value <= 1:
+            raise ConfigError(f"{flag} {value}: must lie between 0 and 1")
+    if max_det < 1:
+        raise ConfigError(f"--max-det {max_det}: must be at least 1")
+
+
+def _label_rows(labels: Tensor, width: int) -> Tensor:
+    """(m, 5) class, box -> (m, 5+nc) rows with objectness 1 and probability 1 in their class."""
+    rows = labels.new_zeros(len(labels), width)
+    rows[:, :4] = labels[:, 1:5]
+    rows[:, 4] = 1.0
+    rows[torch.arange(len(labels), device=labels.device), 5 + labels[:, 0].long()] = 1.0
+    return rows
+
+
+def _candidates(rows: Tensor, conf_thres: float, multi_label: bool) -> Tensor:
+    """(n, 5+nc) -> (k, 6) corner box, score, class: those above the threshold and finite."""
+    scores = rows[:, 5:] * rows[:, 4:5]
+    boxes = cxcywh_to_xyxy(rows[:, :4])
+    finite = boxes.isfinite().all(1, keepdim=True)
+    if multi_label:
+        row, cls = ((scores > conf_thres) & finite).nonzero(as_tuple=True)
+        return torch.cat((boxes[row], scores[row, cls, None], cls[:, None].to(boxes.dtype)), 1)
+    best, cls = scores.max(1, keepdim=True)
+    return torch.cat((boxes, best, cls.to(boxes.dtype)), 1)[((best > conf_thres) & finite)[:, 0]]
+
+
+def _suppress(candidates: Tensor, iou_thres: float, agnostic: bool, max_det: int) -> Tensor:
+    """(k, 6) -> (n, 6) by falling score, without those that overlap a better one of their class too much."""
+    if len(candidates) == 0:
+        return candidates
+    if len(candidates) > MAX_CANDIDATES:
+        candidates = candidates[candidates[:, 4].argsort(descending=True, stable=True)[:MAX_CANDIDATES]]
+    boxes = candidates[:, :4]
+    if not agnostic:
+        # Wider than the offset, images would let neighbouring classes meet: then the offset grows with them.
+        offset = (boxes.max() - boxes.min()).clamp(min=CLASS_OFFSET)
+        boxes = boxes + candidates[:, 5:6] * offset
+    kept = nms(boxes, candidates[:, 4], iou_thres)  # indices by falling score
+    return candidates[kept[:max_det]]

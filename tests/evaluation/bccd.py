@@ -1,7 +1,7 @@
 """Stored detections of upstream's yolov5n on BCCD val (87 images of 640 x 480): AP without a model.
 
-tests/reference/bccd_detections.npz: boxes in 1/32 pixel, the root of the confidence in 1/65535, labels in 1/2 pixel, so results
-agree with the unrounded ones to 1e-4 only.
+tests/reference/bccd_detections.npz: boxes in 1/32 pixel, the root of the confidence in 1/65535, labels in 1/2 pixel,
+so results agree with the unrounded ones to about 1e-4 only.
 """
 
 from pathlib import Path

@@ -1,0 +1,108 @@
+"""COCO's evaluation for any data set, and its JSON files.
+
+"COCO AP" is what pycocotools computes: detections take the best free label by falling confidence, 100 boxes an image,
+precision at 101 recall points averaged. It differs a little from YOLOv5's "mAP50-95" (utils/metrics.py); both are
+reported under their names.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from utils.errors import DataError
+
+# COCO's 80 classes carry numbers up to 90: these are left out
+_COCO_GAPS = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
+COCO_CATEGORY_IDS = tuple(number for number in range(1, 91) if number not in _COCO_GAPS)
+"""Category number of each of COCO's 80 classes in the order of coco.yaml."""
+
+STATS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
+STATS += ("AR1", "AR10", "AR100", "AR_small", "AR_medium", "AR_large")
+
+
+def image_ids(paths: Sequence[str | Path]) -> list[int | str]:
+    """COCO's image id of each file: its stem, as a number if it is one. Stems that would collide keep their path."""
+    stems = [Path(path).stem for path in paths]
+    ids: list[int | str] = [int(stem) if stem.isdecimal() and stem.isascii() else stem for stem in stems]
+    return ids if len(set(ids)) == len(ids) else [str(path) for path in paths]
+
+
+def category_ids(val_sources: Iterable[str | Path], nc: int) -> tuple[int, ...]:
+    """Category number of each class: COCO's 1..90 when the images are COCO val2017, else the class number itself."""
+    sources = [Path(source).as_posix() for source in val_sources]
+    is_coco = nc == 80 and any(s.endswith(("coco/val2017.txt", "coco/images/val2017")) for s in sources)
+    return COCO_CATEGORY_IDS if is_coco else tuple(range(nc))
+
+
+def detections_to_coco(image_id: int | str, detections: np.ndarray, categories: Sequence[int]) -> list[dict]:
+    """Entries of a COCO result file for one image.
+
+    ``detections`` (n, 6): x1, y1, x2, y2 in pixels of the original image, confidence, class. ``bbox`` is x, y, width,
+    height rounded to 3 decimals, ``score`` to 5.
+    """
+    detections = np.asarray(detections, np.float64).reshape(-1, 6)
+    boxes = np.concatenate((detections[:, :2], detections[:, 2:4] - detections[:, :2]), 1).round(3).tolist()
+    scores, classes = detections[:, 4].round(5).tolist(), detections[:, 5].astype(int).tolist()
+    return [
+        {"image_id": image_id, "category_id": categories[cls], "bbox": box, "score": score}
+        for box, score, cls in zip(boxes, scores, classes)
+    ]
+
+
+def ground_truth(
+    ids: Sequence[int | str],
+    sizes: Sequence[tuple[int, int]],
+    labels: Sequence[np.ndarray],
+    names: Mapping[int, str],
+    categories: Sequence[int],
+) -> dict[str, Any]:
+    """A COCO annotation mapping made from YOLO labels: of each image its id, (h, w) pixels and labels (m, 5) class,
+    x1, y1, x2, y2 in pixels. The area is the box's; nothing is a crowd."""
+    images = [{"id": i, "height": h, "width": w} for i, (h, w) in zip(ids, sizes)]
+    annotations = []
+    for image_id, rows in zip(ids, labels):
+        for cls, x1, y1, x2, y2 in np.asarray(rows, np.float64).reshape(-1, 5).tolist():
+            box = [x1, y1, x2 - x1, y2 - y1]
+            entry = {"id": len(annotations) + 1, "image_id": image_id, "category_id": categories[int(cls)]}
+            annotations.append(entry | {"bbox": box, "area": box[2] * box[3], "iscrowd": 0})
+    listed = [{"id": categories[number], "name": name} for number, name in names.items()]
+    return {"images": images, "annotations": annotations, "categories": listed}
+
+
+def load_annotations(path: str | Path) -> dict[str, Any]:
+    """Read a COCO annotation file. Raises DataError when it is not one."""
+    try:
+        data = json.loads(Path(path).read_bytes())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: not a COCO annotation file ({error})") from None
+    if not isinstance(data, dict) or not {"images", "annotations", "categories"} <= data.keys():
+        raise DataError(f"{path}: not a COCO annotation file (it needs images, annotations and categories)")
+    return data
+
+
+def evaluate_coco(truth: Mapping[str, Any], detections: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """COCO's twelve numbers (``STATS``: AP, AP50, ...) of ``detections`` against ``truth``, as pycocotools gives them.
+
+    Image ids may be numbers or texts; only images listed in ``truth`` count. -1 stands for "no labels of that kind".
+    """
+    from faster_coco_eval import COCO, COCOeval_faster
+
+    # Both libraries want whole numbers above 0 for images and take annotation id 0 for "unmatched".
+    number = {image["id"]: index for index, image in enumerate(truth["images"], 1)}
+    truth = dict(truth)
+    truth["images"] = [dict(image, id=number[image["id"]]) for image in truth["images"]]
+    truth["annotations"] = [
+        dict(entry, id=index, image_id=number[entry["image_id"]]) for index, entry in enumerate(truth["annotations"], 1)
+    ]
+    found = [dict(d, image_id=number[d["image_id"]]) for d in detections if d["image_id"] in number]
+    coco = COCO(truth)
+    evaluation = COCOeval_faster(coco, coco.loadRes(found), "bbox", print_function=lambda *_: None)
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
+    return {name: float(value) for name, value in zip(STATS, evaluation.stats)}

@@ -1,0 +1,125 @@
+"""Parameter groups by role, for plain and deformable layers, and carrying an optimizer over to another run."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+
+import pytest
+import torch
+from torch import nn
+
+from utils.errors import CheckpointError, ConfigError
+from utils.optim import build_optimizer, describe, parameter_roles, restore_optimizer
+
+
+class Deformable(nn.Module):
+    """A layer with the parameter names of models.common.DCN."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(4, 4, 3, 3))
+        self.bias = nn.Parameter(torch.zeros(4))
+        self.conv_offset_mask = nn.Conv2d(4, 27, 3)
+
+
+def plain() -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1))
+
+
+def with_dcn() -> nn.Sequential:
+    return nn.Sequential(*plain(), Deformable())
+
+
+def test_roles_and_their_order() -> None:
+    model = with_dcn()
+    roles = parameter_roles(model)
+    assert list(roles) == ["bias", "weight", "norm", "dcn_offset_weight", "dcn_offset_bias"]
+    names = {id(p): n for n, p in model.named_parameters()}
+    assert {role: [names[id(p)] for p in found] for role, found in roles.items()} == {
+        "bias": ["1.bias", "2.bias", "3.bias"],
+        "weight": ["0.weight", "2.weight", "3.weight"],
+        "norm": ["1.weight"],
+        "dcn_offset_weight": ["3.conv_offset_mask.weight"],
+        "dcn_offset_bias": ["3.conv_offset_mask.bias"],
+    }
+
+
+def test_plain_models_have_the_three_familiar_groups() -> None:
+    assert list(parameter_roles(plain())) == ["bias", "weight", "norm"]
+    assert list(parameter_roles(nn.Conv2d(1, 1, 1))) == ["bias", "weight", "norm"]  # the empty one as well
+
+
+def test_loose_and_odd_parameters_are_weights_and_shared_ones_appear_once() -> None:
+    attention = nn.MultiheadAttention(4, 2)
+    roles = parameter_roles(nn.ModuleList([attention, attention, nn.LayerNorm(4)]))
+    assert any(p is attention.in_proj_bias for p in roles["weight"])
+    assert len(roles["weight"]) == 3  # in_proj_weight, in_proj_bias, out_proj.weight
+    assert len(roles["norm"]) == 1
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW"])
+def test_rates_and_decay_of_the_groups(name: str) -> None:
+    optimizer = build_optimizer(with_dcn(), name, 0.01, 0.9, 0.0005, dcn_offset_lr=0.2)
+    groups = {g["role"]: g for g in optimizer.param_groups}
+    assert [g["weight_decay"] for g in groups.values()] == [0, 0.0005, 0, 0.0005, 0]
+    assert [g["lr"] for g in groups.values()] == pytest.approx([0.01, 0.01, 0.01, 0.002, 0.002])
+    assert [g["lr_scale"] for g in groups.values()] == [1, 1, 1, 0.2, 0.2]
+    if name == "SGD":
+        assert all(g["momentum"] == 0.9 and g["nesterov"] for g in groups.values())
+    else:
+        assert all(g["betas"] == (0.9, 0.999) for g in groups.values())
+
+
+def test_unknown_optimizer_is_one_line() -> None:
+    with pytest.raises(ConfigError, match="--optimizer AdmaW: choose one of SGD, Adam, AdamW, did you mean 'AdamW'"):
+        build_optimizer(plain(), "AdmaW", 0.01, 0.9, 0)
+
+
+def test_description_is_in_the_familiar_form() -> None:
+    optimizer = build_optimizer(plain(), "SGD", 0.01, 0.9, 0.0005)
+    assert describe(optimizer) == (
+        "SGD(lr=0.01) with parameter groups 1 weight(decay=0), 2 weight(decay=0.0005), 2 bias"
+    )
+    assert describe(build_optimizer(with_dcn(), "SGD", 0.01, 0.9, 0.0005)).endswith("2 DCN offset(lr x 0.1)")
+
+
+def train_a_step(model: nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor) -> None:
+    optimizer.zero_grad()
+    model(x).square().sum().backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("name", ["SGD", "AdamW"])
+def test_a_restored_optimizer_goes_on_as_the_first(name: str) -> None:
+    x = torch.randn(2, 3, 6, 6)
+    first = plain()
+    optimizer = build_optimizer(first, name, 0.01, 0.9, 0.0005)
+    train_a_step(first, optimizer, x)
+    state = deepcopy(optimizer.state_dict())  # a checkpoint shares no memory either
+    state["param_groups"][0]["fused"] = True  # as if it had run on a GPU
+    second = plain()
+    second.load_state_dict(first.state_dict())
+    other = build_optimizer(second, name, 0.5, 0.1, 0.0005)
+    restore_optimizer(other, state, "last.pt")
+    assert [g["fused"] for g in other.param_groups] == [None] * 3
+    train_a_step(first, optimizer, x)
+    train_a_step(second, other, x)
+    for a, b in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_frozen_parameter_keeps_its_place_and_value() -> None:
+    model = plain()
+    frozen = model[0].weight.requires_grad_(False)
+    before = frozen.clone()
+    optimizer = build_optimizer(model, "SGD", 0.1, 0.9, 0.1)
+    train_a_step(model, optimizer, torch.randn(2, 3, 6, 6))
+    assert torch.equal(frozen, before)
+    thawed = build_optimizer(plain(), "SGD", 0.1, 0.9, 0.1)
+    restore_optimizer(thawed, optimizer.state_dict(), "last.pt")
+
+
+def test_state_of_another_model_is_refused() -> None:
+    state = build_optimizer(with_dcn(), "SGD", 0.01, 0.9, 0).state_dict()
+    with pytest.raises(CheckpointError, match="last.pt: its optimizer state is of another model"):
+        restore_optimizer(build_optimizer(plain(), "SGD", 0.01, 0.9, 0), state, "last.pt")

@@ -72,7 +72,7 @@ def test_continues_from_a_checkpoint() -> None:
     second.load(first.model.state_dict(), 10)
     first.update(source)
     second.update(source)
-    for a, b in zip(first.model.state_dict().values(), second.ema.state_dict().values(), strict=True):
+    for a, b in zip(first.model.state_dict().values(), second.model.state_dict().values(), strict=True):
         assert torch.equal(a, b)
 
 

@@ -50,7 +50,3 @@ class ConfusionMatrix:
         able = able[np.argsort(-best_iou[able], kind="stable")]
         matched, first = np.unique(label[able], return_index=True)
         return matched, able[first]
-
-    def normalized(self) -> np.ndarray:
-        """(nc+1, nc+1) with columns that sum to 1 (or to 0 where a class has no labels)."""
-        return self.matrix / np.maximum(self.matrix.sum(0, keepdims=True), 1e-9)

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 
 from utils.boxes import box_iou
-from utils.confusion import ConfusionMatrix
 
 CURVE_POINTS = 1000
 """Samples of each curve between 0 and 1."""
@@ -156,7 +155,8 @@ class Metrics:
     """Milliseconds an image: pre-process, inference, NMS, matching."""
     shape: tuple[int, ...] = ()
     """(B, 3, H, W) of the first batch."""
-    confusion: ConfusionMatrix | None = None
+    confusion: np.ndarray | None = None
+    """(nc+1, nc+1) counts (utils.confusion)."""
     coco: Mapping[str, float] = field(default_factory=dict)
     """COCO's own numbers (utils.coco.evaluate_coco), when they were asked for."""
 

@@ -1,0 +1,114 @@
+"""What an evaluation leaves behind: label files, a COCO result file, pictures of batches, curves.
+
+The three classes are observers of engine.evaluator.evaluate: called after each batch with the batch, its detections
+in network pixels, and one ImageResult an image.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from utils import coco, curves
+from utils.boxes import xyxy_to_cxcywh
+from utils.console import LOGGER
+from utils.files import atomic_write
+from utils.metrics import Metrics
+from utils.plots import plot_batch
+
+if TYPE_CHECKING:
+    from engine.evaluator import ImageResult
+    from utils.dataloaders import Batch
+
+
+class LabelWriter:
+    """Writes folder/STEM.txt: ``class cx cy w h [confidence]`` a line, in 0..1 of the original image.
+
+    An image without detections gets no file. ``files`` counts what was written.
+    """
+
+    def __init__(self, folder: Path, with_confidence: bool) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.with_confidence, self.files = folder, with_confidence, 0
+
+    def __call__(self, batch: Batch, detections: Sequence[Tensor], results: Sequence[ImageResult]) -> None:
+        for result in results:
+            if not len(result.detections):
+                continue
+            height, width = result.size
+            boxes = xyxy_to_cxcywh(result.detections[:, :4]) / result.detections.new_tensor([width, height] * 2)
+            lines = []
+            for box, conf, cls in zip(
+                boxes.tolist(), result.detections[:, 4].tolist(), result.detections[:, 5].tolist()
+            ):
+                values = [int(cls), *box, *([conf] if self.with_confidence else [])]
+                lines.append(" ".join(f"{value:g}" for value in values) + "\n")
+            atomic_write(self.folder / f"{Path(result.path).stem}.txt", "".join(lines))
+            self.files += 1
+
+
+class CocoCollector:
+    """Keeps all detections and labels for COCO's evaluation. Call :meth:`stats` and :meth:`save` afterwards."""
+
+    def __init__(self, names: Mapping[int, str], categories: Sequence[int]) -> None:
+        self.names, self.categories = names, categories
+        self._results: list[ImageResult] = []
+        self._entries: list[dict[str, Any]] | None = None
+
+    def __call__(self, batch: Batch, detections: Sequence[Tensor], results: Sequence[ImageResult]) -> None:
+        self._results += results
+
+    @property
+    def entries(self) -> list[dict[str, Any]]:
+        """The detections as entries of a COCO result file."""
+        if self._entries is None:
+            ids = coco.image_ids([r.path for r in self._results])
+            rows = (coco.detections_to_coco(i, r.detections, self.categories) for i, r in zip(ids, self._results))
+            self._entries = [entry for image in rows for entry in image]
+        return self._entries
+
+    def save(self, file: Path) -> None:
+        """Write the result file, one detection a line."""
+        atomic_write(file, "[" + ",\n".join(json.dumps(entry) for entry in self.entries) + "]\n")
+
+    def stats(self, annotations: Path | None = None) -> dict[str, float]:
+        """COCO's numbers, against this annotation file, or against the labels seen during the evaluation."""
+        if annotations is None:
+            ids = coco.image_ids([r.path for r in self._results])
+            sizes, labels = [r.size for r in self._results], [r.labels for r in self._results]
+            truth = coco.ground_truth(ids, sizes, labels, self.names, self.categories)
+        else:
+            truth = coco.load_annotations(annotations)
+        return coco.evaluate_coco(truth, self.entries)
+
+
+class BatchPictures:
+    """Draws the first batches: folder/val_batch0_labels.jpg and val_batch0_pred.jpg, then 1 and 2."""
+
+    def __init__(self, folder: Path, names: Mapping[int, str], batches: int = 3) -> None:
+        self.folder, self.names, self.batches, self._seen = folder, names, batches, 0
+
+    def __call__(self, batch: Batch, detections: Sequence[Tensor], results: Sequence[ImageResult]) -> None:
+        if self._seen < self.batches:
+            stem = f"val_batch{self._seen}"
+            plot_batch(batch.images, batch.targets, batch.paths, self.names, self.folder / f"{stem}_labels.jpg")
+            plot_batch(batch.images, detections, batch.paths, self.names, self.folder / f"{stem}_pred.jpg")
+        self._seen += 1
+
+
+def save_curves(metrics: Metrics, names: Mapping[int, str], folder: Path) -> None:
+    """Write PR_curve, F1_curve, P_curve, R_curve and confusion_matrix (.png) into ``folder``."""
+    if not metrics.labels:
+        LOGGER.info("no curves are drawn: there are no labels")
+        return
+    c = metrics.per_class
+    shown = [names.get(int(number), str(number)) for number in c.classes]
+    curves.plot_pr_curve(c.axis, c.pr_curve, c.ap[:, 0], shown, folder / "PR_curve.png")
+    for values, label, stem in ((c.f1_curve, "F1", "F1"), (c.p_curve, "Precision", "P"), (c.r_curve, "Recall", "R")):
+        curves.plot_confidence_curve(c.axis, values, shown, folder / f"{stem}_curve.png", label)
+    if metrics.confusion is not None:
+        curves.plot_confusion_matrix(metrics.confusion, list(names.values()), folder / "confusion_matrix.png")

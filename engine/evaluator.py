@@ -1,0 +1,233 @@
+"""One pass over a labelled split: model -> NMS -> matching -> Metrics. Used by val.py and, each epoch, by the trainer.
+
+Files (labels, JSON, pictures) are written by observers, engine/eval_outputs.py; the pass itself writes nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from utils.boxes import cxcywh_to_xyxy, scale_to_original
+from utils.confusion import ConfusionMatrix
+from utils.console import LOGGER, progress
+from utils.metrics import TABLE_HEADER, Metrics, ap_per_class, iou_thresholds, match_predictions
+from utils.nms import check_thresholds, non_max_suppression
+
+if TYPE_CHECKING:
+    from utils.dataloaders import Batch
+
+CPU_CHUNK = 4
+"""Images per forward pass on the CPU: larger ones overflow its caches and are slower an image (docs/benchmarks)."""
+
+
+@dataclass(frozen=True, eq=False)
+class ImageResult:
+    """One image after matching. Everything is on the CPU, in pixels of the original image.
+
+    ``detections`` (n, 6) float32 x1, y1, x2, y2, confidence, class, by falling confidence; ``labels`` (m, 5) float32
+    class, x1, y1, x2, y2; ``size`` (height, width).
+    """
+
+    path: str
+    size: tuple[int, int]
+    detections: Tensor
+    labels: Tensor
+
+
+Observer = Callable[["Batch", Sequence[Tensor], Sequence[ImageResult]], None]
+"""Called after each batch with the batch, its detections (n, 6) an image in network pixels, and the results."""
+
+
+def evaluate(
+    model: Callable[[Tensor], tuple[Tensor, Any]],
+    loader: Iterable[Batch],
+    *,
+    device: torch.device,
+    names: Mapping[int, str],
+    conf_thres: float = 0.001,
+    iou_thres: float = 0.6,
+    max_det: int = 300,
+    single_cls: bool = False,
+    amp_dtype: torch.dtype | None = None,
+    criterion: Callable[[Any, Tensor], Any] | None = None,
+    hybrid: bool = False,
+    observers: Sequence[Observer] = (),
+    show_progress: bool = True,
+) -> Metrics:
+    """Precision, recall, mAP and losses of ``model`` over ``loader``.
+
+    ``model``: images (B, 3, H, W) float in 0..1 -> (decoded (B, N, 5+nc), raw); a module is put into eval mode and
+    back. ``names``: {class: name}, as many as the data set has classes. ``amp_dtype``: autocast dtype, None for
+    float32. ``criterion``: (raw, targets (T, 6)) -> LossParts, for the validation losses. ``single_cls`` ignores
+    classes; ``hybrid`` lets the labels take part in NMS (which inflates every score).
+
+    Boxes are matched in pixels of the original images, at most ``max_det`` an image. Raises ConfigError for a bad
+    threshold.
+    """
+    check_thresholds(conf_thres, iou_thres, max_det)
+    times, losses, tally = StageTimes(device), _MeanLosses(), _Tally(len(names))
+    shape: tuple[int, ...] = ()
+    with _eval_mode(model), torch.inference_mode():
+        for batch in progress(loader, desc=TABLE_HEADER, enabled=show_progress):
+            shape = shape or tuple(batch.images.shape)
+            with times.stage("pre-process"):
+                images = batch.images.to(device, non_blocking=True).float() / 255
+                targets = batch.targets.to(device, non_blocking=True)
+            with times.stage("inference"), torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
+                decoded, raw = _forward(model, images)
+            if criterion is not None:
+                losses.add(criterion(raw, targets))
+            with times.stage("NMS"):
+                detections = non_max_suppression(
+                    decoded,
+                    conf_thres,
+                    iou_thres,
+                    agnostic=single_cls,
+                    multi_label=True,
+                    max_det=max_det,
+                    labels=_labels_in_pixels(targets, images.shape) if hybrid else (),
+                )
+            with times.stage("matching"):
+                detections = _to_cpu(detections)
+                results = _results(batch, detections, single_cls)
+                for result in results:
+                    tally.add(result)
+            for observer in observers:
+                observer(batch, detections, results)
+    if tally.images and not tally.labels:
+        LOGGER.warning("no labels found in this split: there is nothing to compute metrics from")
+    return tally.metrics(losses.mean(), times.per_image(tally.images), shape)
+
+
+@contextmanager
+def _eval_mode(model: Any) -> Iterator[None]:
+    training = isinstance(model, nn.Module) and model.training
+    if training:
+        model.eval()
+    try:
+        yield
+    finally:
+        if training:
+            model.train()
+
+
+def _forward(model: Callable[[Tensor], tuple[Tensor, Any]], images: Tensor) -> tuple[Tensor, Any]:
+    """The model's output for the whole batch; on the CPU computed in chunks, which is faster and gives the same."""
+    if images.device.type != "cpu" or len(images) <= CPU_CHUNK:
+        return model(images)
+    decoded, raw = zip(*(model(chunk) for chunk in images.split(CPU_CHUNK)))
+    return torch.cat(decoded), None if raw[0] is None else [torch.cat(level) for level in zip(*raw)]
+
+
+def _to_cpu(detections: list[Tensor]) -> list[Tensor]:
+    """All detections of a batch to the CPU in one transfer."""
+    return list(torch.cat(detections).cpu().split([len(rows) for rows in detections]))
+
+
+def _labels_in_pixels(targets: Tensor, shape: Sequence[int]) -> list[Tensor]:
+    """Targets (T, 6) in 0..1 -> one (m, 5) an image, class, cx, cy, w, h in network pixels."""
+    count, _, height, width = shape
+    scaled = targets[:, 1:] * targets.new_tensor([1, width, height, width, height])
+    return [scaled[targets[:, 0] == index] for index in range(count)]
+
+
+def _results(batch: Batch, detections: Sequence[Tensor], single_cls: bool) -> list[ImageResult]:
+    """Detections and labels of a batch in pixels of the original images."""
+    height, width = batch.images.shape[2:]
+    results = []
+    for index, labels in enumerate(_labels_in_pixels(batch.targets.cpu(), batch.images.shape)):
+        letterbox = batch.letterboxes[index]
+        way_back = ((height, width), letterbox.original, letterbox.ratio[1], letterbox.pad)
+        rows = detections[index].clone()
+        rows[:, :4] = scale_to_original(rows[:, :4], *way_back)
+        labels = torch.cat((labels[:, :1], scale_to_original(cxcywh_to_xyxy(labels[:, 1:]), *way_back)), 1)
+        if single_cls:
+            rows[:, 5], labels[:, 0] = 0, 0
+        results.append(ImageResult(batch.paths[index], tuple(letterbox.original), rows, labels))
+    return results
+
+
+class _Tally:
+    """True positives, confidences and classes of all images so far."""
+
+    def __init__(self, nc: int) -> None:
+        self.images = self.labels = 0
+        self._thresholds = iou_thresholds()
+        self._correct = [np.zeros((0, len(self._thresholds)), bool)]
+        self._detections = [np.zeros((0, 6), np.float32)]
+        self._targets = [np.zeros(0, np.float32)]
+        self._confusion = ConfusionMatrix(nc)
+
+    def add(self, result: ImageResult) -> None:
+        self.images += 1
+        self.labels += len(result.labels)
+        self._correct.append(match_predictions(result.detections, result.labels, self._thresholds))
+        self._detections.append(result.detections.numpy())
+        self._targets.append(result.labels[:, 0].numpy())
+        self._confusion.update(result.detections, result.labels)
+
+    def metrics(self, losses: tuple[float, float, float], speed: Mapping[str, float], shape: tuple) -> Metrics:
+        detections = np.concatenate(self._detections)
+        targets = np.concatenate(self._targets)
+        per_class = ap_per_class(np.concatenate(self._correct), detections[:, 4], detections[:, 5], targets)
+        return Metrics(per_class, self.images, losses, speed, shape, self._confusion.matrix)
+
+
+class _MeanLosses:
+    """Running sums of box, obj and cls loss; they stay on the device until :meth:`mean`."""
+
+    def __init__(self) -> None:
+        self._sum: Tensor | float = 0.0
+        self._batches = 0
+
+    def add(self, parts: Any) -> None:
+        self._sum = self._sum + torch.stack([torch.as_tensor(x).float() for x in (parts.box, parts.obj, parts.cls)])
+        self._batches += 1
+
+    def mean(self) -> tuple[float, float, float]:
+        if not self._batches:
+            return (0.0, 0.0, 0.0)
+        return tuple((self._sum / self._batches).reshape(3).tolist())
+
+
+class StageTimes:
+    """Time of each named stage. On CUDA, events in the stream are read at the end, so that measuring waits for
+    nothing; elsewhere the clock is read."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._cuda = device, device.type == "cuda"
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Add the time of the block to stage ``name``."""
+        self._seconds[name] += 0.0  # stages are reported in the order they first ran
+        if self._cuda:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record(torch.cuda.current_stream(self._device))
+            yield
+            end.record(torch.cuda.current_stream(self._device))
+            self._events.append((name, start, end))
+        else:
+            begin = time.perf_counter()
+            yield
+            self._seconds[name] += time.perf_counter() - begin
+
+    def per_image(self, images: int) -> dict[str, float]:
+        """Milliseconds an image of each stage, in the order they first ran."""
+        if self._cuda:
+            torch.cuda.synchronize(self._device)
+        for name, start, end in self._events:
+            self._seconds[name] += start.elapsed_time(end) / 1000
+        self._events.clear()
+        return {name: 1000 * seconds / max(images, 1) for name, seconds in self._seconds.items()}

@@ -1,0 +1,288 @@
+"""Reading pictures: every common format to RGB bytes, EXIF rotation applied, and one clear line for what cannot be read.
+
+Files are decoded from a byte buffer, so any path the file system accepts will do; nothing is ever written back.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import struct
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+
+from utils.errors import DataError
+
+IMAGE_SUFFIXES = frozenset({".bmp", ".dng", ".jpeg", ".jpg", ".mpo", ".png", ".tif", ".tiff", ".webp", ".pfm"})
+VIDEO_SUFFIXES = frozenset(
+    {".asf", ".avi", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".wmv"}
+)  # a .gif is read as a video: it may move
+
+MAX_PIXELS = 178_956_970
+"""Largest picture read by default: Pillow's own limit against decompression bombs (half a gigabyte as RGB)."""
+
+_HEADER_BYTES = 1 << 16
+_ORIENTATION_TAG = 0x0112
+_JPEG_START, _JPEG_END, _PNG_START = b"\xff\xd8", b"\xff\xd9", b"\x89PNG\r\n\x1a\n"
+_JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # start-of-frame markers, ITU T.81 table B.1
+
+
+class Header(NamedTuple):
+    """What the first bytes of a picture say: stored width and height, and the EXIF orientation 1..8."""
+
+    width: int
+    height: int
+    orientation: int
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height) as shown: orientations 5 to 8 turn the picture by a quarter."""
+        return (self.height, self.width) if self.orientation >= 5 else (self.width, self.height)
+
+
+def is_image(path: str | Path) -> bool:
+    """True for a name that ends like a picture (case does not matter)."""
+    return os.path.splitext(path)[1].lower() in IMAGE_SUFFIXES
+
+
+def is_video(path: str | Path) -> bool:
+    """True for a name that ends like a video (case does not matter)."""
+    return os.path.splitext(path)[1].lower() in VIDEO_SUFFIXES
+
+
+def read_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """Read a picture as (H, W, 3) uint8 RGB, contiguous, turned as its EXIF orientation says.
+
+    Grey is expanded, alpha dropped, 16 bits reduced to 8, CMYK converted. Raises DataError naming the file for one
+    that is missing, empty, cut short, no picture, or larger than ``max_pixels``.
+    """
+    return decode_image(_read_bytes(path), str(path), max_pixels)
+
+
+def decode_image(data: bytes, name: str, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """:func:`read_image` of bytes already in memory; ``name`` is what messages call them."""
+    header = parse_header(data, name)
+    if header.width * header.height > max_pixels:
+        raise DataError(f"{name}: {header.width}x{header.height} is more than {max_pixels:,} pixels; make it smaller")
+    if not _is_complete(data):
+        raise DataError(f"{name}: the image file is cut short ({len(data):,} bytes); copy it again")
+    buffer = np.frombuffer(data, np.uint8)
+    by_pillow = header.orientation != 1 and not data.startswith((_JPEG_START, _PNG_START))
+    image = None if by_pillow else cv2.imdecode(buffer, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+    if image is None:
+        return _decode_with_pillow(data, name)
+    cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=image)
+    return _turn(image, header.orientation)
+
+
+def image_size(path: str | Path) -> tuple[int, int]:
+    """(width, height) of a picture as :func:`read_image` returns it, from its first bytes.
+
+    Raises DataError when the file is missing, empty or no picture.
+    """
+    with _open(path) as file:
+        head = file.read(_HEADER_BYTES)
+        try:
+            return parse_header(head, str(path)).size
+        except DataError:
+            rest = file.read()  # a long preamble (colour profile, maker notes) came before the size
+            if not rest:
+                raise
+        return parse_header(head + rest, str(path)).size
+
+
+def check_image(path: str | Path, min_side: int = 10) -> tuple[int, int]:
+    """:func:`image_size` of a picture fit for a data set: also complete at its end and at least ``min_side`` pixels.
+
+    The pixels are not decoded. Raises DataError naming the file and the reason.
+    """
+    width, height = image_size(path)
+    if min(width, height) < min_side:
+        raise DataError(f"{path}: {width}x{height} pixels, smaller than {min_side} on a side")
+    with _open(path) as file:
+        start = file.read(8)
+        file.seek(-min(16, file.seek(0, os.SEEK_END)), os.SEEK_END)
+        end = file.read()
+    usual_end = end.endswith(_JPEG_END) if start.startswith(_JPEG_START) else b"IEND" in end
+    if start.startswith((_JPEG_START, _PNG_START)) and not usual_end and not _is_complete(_read_bytes(path)):
+        raise DataError(f"{path}: the image file is cut short; copy it again")
+    return width, height
+
+
+def list_images(sources: str | Path | Iterable[str | Path]) -> list[str]:
+    """Paths of all pictures in folders (searched to the bottom), .txt lists and single files, sorted as text.
+
+    A list has a path on each line: beginning with ``./`` it is relative to the list's folder, otherwise to the
+    working folder or, failing that, to the list's. Raises DataError for a source that does not exist, and naming
+    list and line for a listed picture that does not.
+    """
+    sources = [sources] if isinstance(sources, (str, Path)) else list(sources)
+    found: list[str] = []
+    for source in map(Path, sources):
+        if source.is_dir():
+            found += _walk(source)
+        elif source.suffix.lower() == ".txt" and source.is_file():
+            found += _read_list(source)
+        elif source.is_file():
+            found.append(str(source))
+        else:
+            raise DataError(f"{source}: no such folder or file")
+    return sorted({path for path in found if is_image(path)})
+
+
+def parse_header(data: bytes, name: str) -> Header:
+    """Size and orientation from the first bytes of a picture. Raises DataError when they are not those of one."""
+    if not data:
+        raise DataError(f"{name}: the file is empty")
+    try:
+        if data.startswith(_JPEG_START):
+            return _jpeg_header(data)
+        if data.startswith(_PNG_START):
+            return _png_header(data)
+    except (struct.error, IndexError):
+        raise DataError(f"{name}: the image file is cut short ({len(data):,} bytes); copy it again") from None
+    return _pillow_header(data, name)
+
+
+def _open(path: str | Path) -> io.BufferedReader:
+    try:
+        return open(path, "rb")
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def _read_bytes(path: str | Path) -> bytes:
+    with _open(path) as file:
+        return file.read()
+
+
+def _walk(folder: Path) -> list[str]:
+    """Files below a folder, through links to folders as well (each real folder once), hidden names left out."""
+    found, seen = [], set()
+    for root, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(root)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = [f for f in folders if not f.startswith(".")]
+        found += [os.path.join(root, f) for f in files if not f.startswith(".")]
+    return found
+
+
+def _read_list(path: Path) -> list[str]:
+    found = []
+    for number, line in enumerate(_read_bytes(path).decode("utf-8-sig", errors="replace").splitlines(), 1):
+        line = line.strip()
+        if not line:
+            continue
+        beside = path.parent / line
+        image = beside if line.startswith("./") or not os.path.exists(line) else Path(line)
+        if not image.exists():
+            raise DataError(f"{path}:{number}: no such image: {image}")
+        found.append(str(image))
+    return found
+
+
+def _jpeg_header(data: bytes) -> Header:
+    """Walk the marker segments up to the frame header (ITU T.81, B.2)."""
+    position, orientation = 2, 1
+    while True:
+        if data[position] != 0xFF:
+            raise struct.error("no marker where one must be")
+        marker = data[position + 1]
+        if marker == 0xFF or marker == 0x01 or 0xD0 <= marker <= 0xD7:  # fill byte; markers without a length
+            position += 1 if marker == 0xFF else 2
+            continue
+        (length,) = struct.unpack_from(">H", data, position + 2)
+        if marker in _JPEG_FRAMES:
+            height, width = struct.unpack_from(">HH", data, position + 5)
+            return Header(width, height, orientation)
+        if marker == 0xE1 and data[position + 4 : position + 10] == b"Exif\0\0":
+            orientation = _exif_orientation(data[position + 10 : position + 2 + length])
+        if marker in (0xD9, 0xDA):
+            raise struct.error("no frame header")
+        position += 2 + length
+
+
+def _png_header(data: bytes) -> Header:
+    width, height = struct.unpack_from(">II", data, 16)
+    position = 8
+    while position + 8 <= len(data):  # an eXIf chunk stands before the pixels where writers follow custom
+        (length,), kind = struct.unpack_from(">I", data, position), data[position + 4 : position + 8]
+        if kind == b"eXIf":
+            return Header(width, height, _exif_orientation(data[position + 8 : position + 8 + length]))
+        if kind == b"IDAT":
+            break
+        position += 12 + length
+    return Header(width, height, 1)
+
+
+def _exif_orientation(tiff: bytes) -> int:
+    """The orientation entry of the first directory of an EXIF block (TIFF 6.0 layout); 1 when there is none."""
+    order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
+    if order is None:
+        return 1
+    try:
+        (start,) = struct.unpack_from(order + "I", tiff, 4)
+        (count,) = struct.unpack_from(order + "H", tiff, start)
+        for entry in range(count):
+            tag, _, _, value = struct.unpack_from(order + "HHIH", tiff, start + 2 + 12 * entry)
+            if tag == _ORIENTATION_TAG:
+                return value if 1 <= value <= 8 else 1
+    except struct.error:  # a damaged EXIF block does not spoil the picture
+        pass
+    return 1
+
+
+def _pillow_header(data: bytes, name: str) -> Header:
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            orientation = image.getexif().get(_ORIENTATION_TAG, 1)
+            stored = image.size
+            if getattr(image, "tag_v2", None) is not None and orientation >= 5:
+                stored = stored[::-1]  # Pillow gives a TIFF's size after turning it
+            return Header(*stored, orientation if orientation in range(1, 9) else 1)
+    except Image.DecompressionBombError:
+        raise DataError(f"{name}: more than {MAX_PIXELS:,} pixels; make it smaller") from None
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, struct.error):
+        raise DataError(f"{name}: not an image, or of a kind that cannot be read") from None
+
+
+def _decode_with_pillow(data: bytes, name: str) -> np.ndarray:
+    """The kinds that OpenCV declines."""
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return np.array(ImageOps.exif_transpose(image).convert("RGB"))
+    except (Image.DecompressionBombError, OSError, ValueError, SyntaxError, struct.error) as error:
+        raise DataError(f"{name}: the image cannot be decoded ({error}); open and save it again") from None
+
+
+def _is_complete(data: bytes) -> bool:
+    """False for a JPEG or PNG without its end mark (some cameras add bytes after it; other kinds: unknown, True)."""
+    if data.startswith(_JPEG_START):
+        if data.endswith(_JPEG_END):
+            return True
+        scan = data.rfind(b"\xff\xda")  # after the last start of scan the end mark can only be itself
+        return data.find(_JPEG_END, max(scan, 0)) > 0
+    return not data.startswith(_PNG_START) or b"IEND" in data[-4096:] or b"IEND" in data
+
+
+def _turn(image: np.ndarray, orientation: int) -> np.ndarray:
+    """Apply an EXIF orientation (Exif 2.3, 4.6.4): mirror for 2, 4, 5, 7; turn for 3, 5 to 8."""
+    if orientation == 1:
+        return image
+    if orientation in (5, 6, 7, 8):
+        image = cv2.transpose(image)
+    flip = {2: 1, 3: -1, 4: 0, 6: 1, 7: -1, 8: 0}.get(orientation)
+    return image if flip is None else cv2.flip(image, flip)

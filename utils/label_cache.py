@@ -1,0 +1,405 @@
+"""All labels of a data set in a few flat arrays, checked once and kept beside the labels in a ``.cache.npz`` file.
+
+The cache holds numbers and text only (no pickle). It remembers size and modification time of every image and label
+file; whatever has changed is read again, the rest is not. A damaged or foreign cache is rebuilt.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+import zipfile
+import zlib
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from utils.console import LOGGER, progress
+from utils.errors import DataError
+from utils.files import atomic_open
+from utils.images import check_image, list_images
+from utils.labels import LabelFile, label_path, read_labels
+
+VERSION = 1
+SETTLED_NS = 2_000_000_000
+"""A file changed less than this before a scan is read again next time: file systems keep times this coarsely."""
+
+OK, MISSING, EMPTY, CORRUPT = range(4)
+MAX_SHOWN = 10
+_EMPTY_POINTS = np.zeros((0, 2), np.float32)
+
+
+class PackedStrings:
+    """A read-only list of texts in two arrays: forked loader processes share it without copying its pages."""
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        encoded = [os.fsencode(t) for t in texts]
+        self.bytes = np.frombuffer(b"".join(encoded), np.uint8)
+        self.offsets = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
+
+    @classmethod
+    def from_arrays(cls, data: np.ndarray, offsets: np.ndarray) -> PackedStrings:
+        """The inverse of reading ``bytes`` and ``offsets``."""
+        packed = cls([])
+        packed.bytes, packed.offsets = data, offsets
+        return packed
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, index: int) -> str:
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        index %= len(self)
+        return os.fsdecode(self.bytes[self.offsets[index] : self.offsets[index + 1]].tobytes())
+
+
+@dataclass
+class Fault:
+    """Something wrong with an image or with a row of its label file (``row`` 0: the file as a whole)."""
+
+    path: str
+    row: int
+    reason: str
+
+    def __str__(self) -> str:
+        if not self.row:
+            return self.reason if self.reason.startswith(self.path) else f"{self.path}: {self.reason}"
+        return f"{self.path}:{self.row}: {self.reason}"
+
+
+@dataclass
+class Entry:
+    """One image with its labels, as scanned. ``stamp``: size and mtime_ns of the image and of the label (-1: none)."""
+
+    path: str
+    stamp: tuple[int, int, int, int]
+    size: tuple[int, int]
+    status: int
+    labels: LabelFile
+    faults: list[Fault]
+
+
+@dataclass
+class LabelIndex:
+    """The labels of a data set.
+
+    ``paths``: the n usable images. ``sizes`` (n, 2) int32: width, height as shown. ``labels`` (rows, 5) float32:
+    class, cx, cy, w, h in 0..1. ``offsets`` (n + 1): image i has rows offsets[i]:offsets[i+1]. ``points`` (P, 2)
+    float32 and ``point_offsets`` (rows + 1): the polygon of each row, empty for plain boxes. ``faults`` of the whole
+    scan, also of images left out; ``found``, ``missing``, ``empty``, ``corrupt``: counts of images; ``where``: the
+    folder or list that names this set in messages.
+    """
+
+    paths: PackedStrings
+    sizes: np.ndarray
+    labels: np.ndarray
+    offsets: np.ndarray
+    points: np.ndarray
+    point_offsets: np.ndarray
+    faults: list[Fault]
+    found: int = 0
+    missing: int = 0
+    empty: int = 0
+    corrupt: int = 0
+    clipped: int = 0
+    duplicates: int = 0
+    where: str = ""
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def rows(self, index: int) -> np.ndarray:
+        """(n, 5) labels of image ``index`` (a view)."""
+        return self.labels[self.offsets[index] : self.offsets[index + 1]]
+
+    def segments(self, index: int) -> list[np.ndarray] | None:
+        """One (k, 2) polygon for each label of image ``index``, or None when it has plain boxes only."""
+        first, last = self.offsets[index], self.offsets[index + 1]
+        bounds = self.point_offsets[first : last + 1]
+        if not len(bounds) or bounds[0] == bounds[-1]:
+            return None
+        return [self.points[a:b] for a, b in zip(bounds[:-1], bounds[1:])]
+
+    def reorder(self, order: np.ndarray) -> LabelIndex:
+        """The same set with image ``order[i]`` in place i."""
+        rows = np.concatenate([np.arange(self.offsets[i], self.offsets[i + 1]) for i in order] or [[]]).astype(np.int64)
+        polygons = [self.points[self.point_offsets[r] : self.point_offsets[r + 1]] for r in rows]
+        counts = np.diff(self.offsets)[order]
+        return LabelIndex(
+            PackedStrings([self.paths[i] for i in order]),
+            self.sizes[order],
+            self.labels[rows],
+            _offsets(counts),
+            np.concatenate(polygons or [_EMPTY_POINTS]),
+            _offsets([len(p) for p in polygons]),
+            self.faults,
+            *(self.found, self.missing, self.empty, self.corrupt, self.clipped, self.duplicates, self.where),
+        )
+
+    def summary(self) -> str:
+        """``205 images, 2 backgrounds, 5 corrupt`` and what was mended or dropped inside files."""
+        parts = [f"{self.found} images", f"{self.missing + self.empty} backgrounds", f"{self.corrupt} corrupt"]
+        dropped = sum(fault.row > 0 for fault in self.faults)
+        extra = (
+            (dropped, "bad rows dropped"),
+            (self.clipped, "rows clipped"),
+            (self.duplicates, "duplicate rows removed"),
+        )
+        return ", ".join(parts + [f"{count} {what}" for count, what in extra if count])
+
+
+def scan_labels(
+    sources: str | Path | Iterable[str | Path],
+    nc: int | None = None,
+    prefix: str = "",
+    strict: bool = False,
+    require_labels: bool = False,
+    show: bool = True,
+) -> LabelIndex:
+    """Find the images of ``sources``, read and check their labels (through the cache) and log what is wrong.
+
+    ``nc``: number of classes, None not to check. ``strict`` turns the first fault into an error. ``require_labels``:
+    a set without a single box is an error (training); otherwise a warning. ``show``: progress bar and log lines.
+    Raises DataError when there are no images, no labels where there must be, or by ``strict``.
+    """
+    sources = [Path(s) for s in ([sources] if isinstance(sources, (str, Path)) else sources)]
+    images = list_images(sources)
+    if not images:
+        listed = ", ".join(map(str, sources))
+        raise DataError(f"{prefix and prefix + ': '}no images found in {listed} (.jpg, .png, .bmp, .tif, .webp, ...)")
+    where = _set_name(sources, images)
+    prefix = f"{prefix}: " if prefix else ""
+    caches = [Path(where + ".cache.npz"), user_cache_dir() / "labels" / f"{_digest(where)}.cache.npz"]
+    started = time.time_ns()
+    known, cache = _read_first(caches, nc)
+    title = f"{prefix}Scanning {cache or where + '...'}"
+    entries, fresh = _scan(images, nc, known, title, show)
+    if fresh or len(known) != len(images):
+        _write_first(caches, entries, nc, started)
+    index = _build(entries, where)
+    if show:
+        LOGGER.info(f"{title} {index.summary()}")
+        _show_faults(index.faults, prefix)
+    if strict and index.faults:
+        raise DataError(
+            f"{prefix}{len(index.faults)} faults in the data set (--strict-data); the first: {index.faults[0]}"
+        )
+    _check_any(index, entries, prefix, require_labels)
+    return index
+
+
+def user_cache_dir() -> Path:
+    """Where caches go that cannot or should not lie beside the data: ``$XDG_CACHE_HOME/dcn-yolov5`` or ``~/.cache/...``."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(base) / "dcn-yolov5"
+
+
+def _set_name(sources: list[Path], images: list[str]) -> str:
+    """The list's name or the labels folder, without suffix; several sources get a tail so that sets do not collide."""
+    first = sources[0]
+    name = str(first.with_suffix("")) if first.is_file() else os.path.dirname(label_path(images[0]))
+    if first.is_dir():  # nested folders share one cache, named after the source itself
+        name = label_path(first / "x").removesuffix(f"{os.sep}x.txt")
+    return name if len(sources) == 1 else f"{name}-{_digest('|'.join(map(str, sources)))[:8]}"
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(os.path.abspath(text).encode(errors="surrogateescape")).hexdigest()[:24]
+
+
+def _scan(
+    images: list[str], nc: int | None, known: dict[str, Entry], title: str, show: bool
+) -> tuple[list[Entry], int]:
+    """Entries of all images in order, unchanged ones taken from ``known``, and how many were read."""
+    reused: dict[str, Entry] = {}
+    for path in images:
+        entry = known.get(path)
+        if entry is not None and entry.stamp == _stamp(path):
+            reused[path] = entry
+    todo = [path for path in images if path not in reused]
+    if todo:
+        workers = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+        with ThreadPoolExecutor(workers) as pool:
+            results = pool.map(lambda path: read_entry(path, nc), todo)
+            for entry in progress(results, total=len(todo), desc=title, enabled=show and len(todo) > 500):
+                reused[entry.path] = entry
+    return [reused[path] for path in images], len(todo)
+
+
+def _stamp(path: str) -> tuple[int, int, int, int]:
+    stamp: list[int] = []
+    for file in (path, label_path(path)):
+        try:
+            status = os.stat(file)
+            stamp += [status.st_size, status.st_mtime_ns]
+        except OSError:
+            stamp += [-1, -1]
+    return tuple(stamp)
+
+
+def read_entry(path: str, nc: int | None) -> Entry:
+    """Scan one image and its label file. A fault of the image, or of every row, makes the entry CORRUPT."""
+    entry = Entry(path, _stamp(path), (0, 0), OK, LabelFile(np.zeros((0, 5), np.float32)), [])
+    label = label_path(path)
+    try:
+        if entry.stamp[2] >= 0:
+            entry.labels = read_labels(label, nc)
+            entry.faults = [Fault(label, row, reason) for row, reason in entry.labels.faults]
+        entry.size = check_image(path)
+    except DataError as error:
+        entry.faults.append(Fault(path, 0, str(error)))
+        entry.status = CORRUPT
+        return entry
+    if entry.stamp[2] < 0:
+        entry.status = MISSING
+    elif not entry.labels.rows:
+        entry.status = EMPTY
+    elif not len(entry.labels.boxes):  # objects are there, but where is unknown: not a background to learn from
+        entry.faults.append(Fault(label, 0, f"none of its {entry.labels.rows} rows can be used, the image is left out"))
+        entry.status = CORRUPT
+    return entry
+
+
+def _offsets(counts: Iterable[int]) -> np.ndarray:
+    return np.concatenate(([0], np.cumsum(np.fromiter(counts, np.int64)))).astype(np.int64)
+
+
+def _pack(entries: list[Entry]) -> dict[str, np.ndarray]:
+    segments = [s for e in entries for s in (e.labels.segments or [_EMPTY_POINTS] * len(e.labels.boxes))]
+    paths = PackedStrings([e.path for e in entries])
+    return {
+        "path_bytes": paths.bytes,
+        "path_offsets": paths.offsets,
+        "sizes": np.array([e.size for e in entries], np.int32).reshape(-1, 2),
+        "labels": np.concatenate([e.labels.boxes for e in entries] or [np.zeros((0, 5), np.float32)]),
+        "offsets": _offsets(len(e.labels.boxes) for e in entries),
+        "points": np.concatenate(segments or [_EMPTY_POINTS]),
+        "point_offsets": _offsets(len(s) for s in segments),
+    }
+
+
+def _build(entries: list[Entry], where: str) -> LabelIndex:
+    usable = [e for e in entries if e.status != CORRUPT]
+    packed = _pack(usable)
+    paths = PackedStrings.from_arrays(packed.pop("path_bytes"), packed.pop("path_offsets"))
+    count = [e.status for e in entries].count
+    return LabelIndex(
+        paths,
+        **packed,
+        faults=[fault for e in entries for fault in e.faults],
+        found=sum(e.stamp[2] >= 0 for e in entries),
+        missing=count(MISSING),
+        empty=count(EMPTY),
+        corrupt=count(CORRUPT),
+        clipped=sum(e.labels.clipped for e in usable),
+        duplicates=sum(e.labels.duplicates for e in usable),
+        where=where,
+    )
+
+
+def _write_first(caches: list[Path], entries: list[Entry], nc: int | None, started_ns: int) -> None:
+    """Write the cache beside the labels, else in the user's cache folder; else say that there is none."""
+    arrays = _pack(entries)
+    arrays["stamps"] = np.array([e.stamp for e in entries], np.int64)
+    notes = [
+        [e.status, e.labels.rows, e.labels.clipped, e.labels.duplicates, [[f.path, f.row, f.reason] for f in e.faults]]
+        for e in entries
+    ]
+    meta = {"version": VERSION, "nc": nc, "started_ns": started_ns, "notes": notes}
+    arrays["meta"] = np.frombuffer(json.dumps(meta).encode(), np.uint8)
+    reason = ""
+    for cache in caches:
+        try:
+            if cache is caches[-1]:
+                cache.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_open(cache) as file:
+                np.savez(file, **arrays)
+            LOGGER.info(f"New cache created: {cache}")
+            return
+        except OSError as error:
+            reason = f"{cache}: {error.strerror}"
+    LOGGER.warning(f"labels are not cached ({reason}); the next start scans them again")
+
+
+def _read_first(caches: list[Path], nc: int | None) -> tuple[dict[str, Entry], Path | None]:
+    for cache in caches:
+        if cache.is_file():
+            try:
+                return _read_cache(cache, nc), cache
+            except (
+                OSError,
+                ValueError,
+                KeyError,
+                IndexError,
+                TypeError,
+                EOFError,
+                zipfile.BadZipFile,
+                zlib.error,
+            ) as error:
+                LOGGER.warning(f"{cache}: damaged or of another version ({error}); scanning again")
+    return {}, None
+
+
+def _read_cache(cache: Path, nc: int | None) -> dict[str, Entry]:
+    """Entries by path that may be trusted: not those whose files changed just before the scan."""
+    with np.load(cache, allow_pickle=False) as file:
+        arrays = {key: file[key] for key in file.files}
+    meta = json.loads(arrays["meta"].tobytes())
+    if meta["version"] != VERSION:
+        raise ValueError(f"version {meta['version']}, expected {VERSION}")
+    if meta["nc"] != nc:  # another number of classes: every class number must be checked again
+        return {}
+    paths = PackedStrings.from_arrays(arrays["path_bytes"], arrays["path_offsets"])
+    if not len(paths) == len(arrays["stamps"]) == len(arrays["sizes"]) == len(meta["notes"]):
+        raise ValueError("lengths disagree")
+    newest = meta["started_ns"] - SETTLED_NS
+    entries = {}
+    for i, (status, rows, clipped, duplicates, faults) in enumerate(meta["notes"]):
+        stamp = tuple(arrays["stamps"][i].tolist())
+        if max(stamp[1], stamp[3]) > newest:
+            continue
+        first, last = arrays["offsets"][i], arrays["offsets"][i + 1]
+        bounds = arrays["point_offsets"][first : last + 1]
+        segments = [arrays["points"][a:b] for a, b in zip(bounds[:-1], bounds[1:])]
+        labels = LabelFile(arrays["labels"][first:last], segments if any(map(len, segments)) else None)
+        labels.rows, labels.clipped, labels.duplicates = rows, clipped, duplicates
+        size = tuple(arrays["sizes"][i].tolist())
+        entries[paths[i]] = Entry(paths[i], stamp, size, status, labels, [Fault(*f) for f in faults])
+    return entries
+
+
+def _show_faults(faults: list[Fault], prefix: str) -> None:
+    for fault in faults[:MAX_SHOWN]:
+        LOGGER.warning(f"{prefix}{fault}")
+    if len(faults) > MAX_SHOWN:
+        LOGGER.warning(f"{prefix}and {len(faults) - MAX_SHOWN} more (train.py --check-data lists them all)")
+
+
+def _check_any(index: LabelIndex, entries: list[Entry], prefix: str, required: bool) -> None:
+    """Say where labels were looked for when there are none."""
+    if not len(index):
+        raise DataError(f"{prefix}none of the {len(entries)} images can be used; the first: {index.faults[0]}")
+    if len(index.labels):
+        return
+    bare = next((e for e in entries if e.status == MISSING), None)
+    if bare is None:
+        message = f"{prefix}all {index.empty} label files in {index.where} are empty"
+    else:
+        label = label_path(bare.path)
+        reason = f"the folder {os.path.dirname(label)} does not exist"
+        if os.path.isdir(os.path.dirname(label)):
+            reason = f"{os.path.dirname(label)} has no file of that name"
+        if f"{os.sep}images{os.sep}" not in bare.path:
+            reason += "; no folder of the path is called 'images', so labels must lie beside the images"
+        else:
+            reason += "; labels lie where the last 'images' of the path reads 'labels'"
+        message = f"{prefix}no labels found: {bare.path} should have {label}, but {reason}"
+    if required:
+        raise DataError(f"{message}; there is nothing to train on")
+    LOGGER.warning(message)

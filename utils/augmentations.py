@@ -64,7 +64,7 @@ def letterbox_fit(
     gain = min(height / h, width / w)
     if not scaleup:
         gain = min(gain, 1.0)
-    ratio, size = (gain, gain), (round(w * gain), round(h * gain))
+    ratio, size = (gain, gain), (max(round(w * gain), 1), max(round(h * gain), 1))  # a 1 x 3000 picture keeps its row
     dw, dh = float(width - size[0]), float(height - size[1])
     if auto:
         dw, dh = dw % stride, dh % stride

@@ -1,0 +1,203 @@
+"""Find objects in pictures, folders, videos and streams.
+
+    python detect.py --weights runs/train/exp/weights/best.pt --source photo.jpg
+    python detect.py --weights best.pt --source folder/ --save-txt --save-crop      # also: 'a/**/*.png', list.txt
+    python detect.py --weights best.pt --source clip.mp4 --vid-stride 2
+    python detect.py --weights best.pt --source 0                                   # webcam; rtsp://..., 'screen'
+
+Results go to runs/detect/exp, exp2, ... Exit status: 0 all read, 1 something could not be read (the others were),
+2 wrong input, 130 stopped by Ctrl-C. This file is the command line; the loop is engine/predictor.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from utils.cli import Parser, add_run_flags, image_size_flag, keywords_to_argv
+from utils.errors import CheckpointError, ConfigError, did_you_mean, run_cli
+from utils.files import ROOT
+
+
+def build_parser() -> Parser:
+    """The flags, in the groups that --help shows."""
+    parser = Parser(prog="detect.py", description="Find objects in pictures, folders, videos and streams.")
+    _add_input_flags(parser.add_argument_group("model and source"))
+    _add_detection_flags(parser.add_argument_group("detection"))
+    _add_output_flags(parser.add_argument_group("what to write"))
+    _add_drawing_flags(parser.add_argument_group("looks"))
+    add_run_flags(parser, "runs/detect")
+    return parser
+
+
+def _add_input_flags(group: argparse._ArgumentGroup) -> None:
+    weights = "checkpoint; several make an ensemble (default: yolov5s.pt)"
+    group.add_argument("--weights", nargs="+", default=["yolov5s.pt"], metavar="PT", help=weights)
+    source = (
+        "file, folder, glob, list.txt, list.streams, webcam number, URL of a stream, "
+        "'screen [number] [left top width height]' (default: data/images)"
+    )
+    group.add_argument("--source", nargs="+", default=[str(ROOT / "data" / "images")], help=source)
+    names = "take the class names from this dataset YAML instead of the checkpoint"
+    group.add_argument("--data", default="", metavar="YAML", help=names)
+    image_size_flag(group, nargs="+")
+    stride = "look at every N-th frame of videos and streams (default: 1)"
+    group.add_argument("--vid-stride", type=int, default=1, metavar="N", help=stride)
+
+
+def _add_detection_flags(group: argparse._ArgumentGroup) -> None:
+    conf = "lowest confidence shown (default: 0.25)"
+    group.add_argument("--conf-thres", type=float, default=0.25, metavar="P", help=conf)
+    iou = "NMS removes boxes that overlap a better one by more (default: 0.45)"
+    group.add_argument("--iou-thres", type=float, default=0.45, metavar="IOU", help=iou)
+    most = "at most so many detections an image (default: 1000)"
+    group.add_argument("--max-det", type=int, default=1000, metavar="N", help=most)
+    group.add_argument("--classes", nargs="+", type=int, metavar="N", help="only these class numbers")
+    agnostic = "boxes of different classes suppress each other too"
+    group.add_argument("--agnostic-nms", action="store_true", help=agnostic)
+    augment = "look at flipped and scaled copies as well: slower, finds a little more"
+    group.add_argument("--augment", action="store_true", help=augment)
+    group.add_argument("--half", action="store_true", help="float16, on a GPU")
+
+
+def _add_output_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--nosave", action="store_true", help="no annotated pictures and videos")
+    text = "labels/NAME.txt: class cx cy w h, in parts of the image size"
+    group.add_argument("--save-txt", action="store_true", help=text)
+    form = "of --save-txt: 0 cx cy w h, 1 x1 y1 x2 y2 (default: 0)"
+    group.add_argument("--save-format", type=int, choices=[0, 1], default=0, help=form)
+    group.add_argument("--save-conf", action="store_true", help="confidence as a last column of --save-txt")
+    group.add_argument("--save-csv", action="store_true", help="predictions.csv: image name, class, confidence")
+    group.add_argument("--save-crop", action="store_true", help="crops/CLASS/NAME.jpg: each detection cut out")
+    group.add_argument("--visualize", action="store_true", help="feature maps of each layer, pictures and .npy")
+    group.add_argument("--update", action="store_true", help="afterwards drop the optimizer state from --weights")
+
+
+def _add_drawing_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--view-img", action="store_true", help="show results in a window; q ends")
+    width = "of the boxes (default: 3)"
+    group.add_argument("--line-thickness", type=int, default=3, metavar="PIXELS", help=width)
+    group.add_argument("--hide-labels", action="store_true", help="boxes without text")
+    group.add_argument("--hide-conf", action="store_true", help="class names without confidence")
+
+
+def parse_args(argv: Sequence[str]) -> argparse.Namespace:
+    """Flags to a namespace, checked as far as that goes without the model. Raises ConfigError, CheckpointError."""
+    args = build_parser().parse_args(argv)
+    if args.line_thickness < 1:
+        raise ConfigError(f"--line-thickness {args.line_thickness}: expected 1 or more")
+    if args.save_conf and not args.save_txt:
+        raise ConfigError("--save-conf: a column of the label files; add --save-txt")
+    for weights in args.weights:
+        check_weights(weights)
+    return args
+
+
+def check_weights(weights: str) -> None:
+    """Raise CheckpointError, saying how to get some, when the file does not exist. Nothing is downloaded."""
+    path = Path(weights)
+    if path.is_file():
+        return
+    trained = sorted((ROOT / "runs" / "train").glob("*/weights/best.pt"), key=lambda p: p.stat().st_mtime)
+    if trained:
+        how = f"the newest trained here is {trained[-1]}"
+    else:
+        how = "train some with train.py, or run `make demo`, which leaves runs/train/*/weights/best.pt"
+    siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    raise CheckpointError(f"--weights {weights}: no such file{did_you_mean(path.name, siblings)}; {how}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Detect; returns the exit status (see the top of this file). Raises UserError for wrong input."""
+    args = parse_args(sys.argv[1:] if argv is None else argv)
+    # Only from here on is anything heavy imported: --help and a wrong flag answer at once.
+    from engine.predictor import closing_lines, predict
+    from engine.window import Window
+    from engine.writers import OutputOptions, ResultWriter
+    from utils.console import LOGGER, plural, setup_console
+    from utils.files import new_run_dir
+    from utils.sources import open_source
+
+    setup_console()
+    window = Window() if args.view_img else None
+    with open_source(args.source, args.vid_stride) as source:
+        detector = open_detector(args)
+        imgsz = detector.round_size(args.imgsz)
+        options = OutputOptions(
+            pictures=not args.nosave,
+            text=args.save_txt,
+            text_confidence=args.save_conf,
+            corners=args.save_format == 1,
+            table=args.save_csv,
+            crops=args.save_crop,
+            draw_labels=not args.hide_labels,
+            draw_confidence=not args.hide_conf,
+            thickness=args.line_thickness,
+        )
+        folder = Path(args.project) / args.name
+        if options.any_file or args.visualize:
+            folder = new_run_dir(args.project, args.name, args.exist_ok)
+        with ResultWriter(folder, options, detector.names) as writer:
+            summary = predict(detector, source, writer, imgsz, window, folder if args.visualize else None)
+        closing_lines(summary, writer)
+    if args.update:
+        strip(args.weights)
+    if source.failed:
+        LOGGER.warning(f"{plural(len(source.failed), 'source')} could not be read, see the warnings above")
+    return 130 if summary.interrupted else 1 if source.failed or not summary.frames else 0
+
+
+def open_detector(args: argparse.Namespace) -> Any:
+    """The weights on the device, set up as the flags say. Raises ConfigError, CheckpointError."""
+    from models.api import load
+    from utils.console import LOGGER
+    from utils.device import describe_device
+
+    detector = load(
+        args.weights if len(args.weights) > 1 else args.weights[0],
+        args.device,
+        args.half,
+        conf=args.conf_thres,
+        iou=args.iou_thres,
+        max_det=args.max_det,
+        classes=args.classes,
+        agnostic=args.agnostic_nms,
+        augment=args.augment,
+    )
+    if args.data:
+        detector.names = names_from(args.data, len(detector.names))
+    LOGGER.info(f"{', '.join(args.weights)} on {describe_device(detector.device)}")
+    imgsz = detector.round_size(args.imgsz)
+    if list(imgsz) != [args.imgsz[0], args.imgsz[-1]]:
+        LOGGER.warning(f"--imgsz is rounded up to {imgsz[0]} {imgsz[1]}, multiples of the stride {detector.stride}")
+    return detector
+
+
+def names_from(data: str, nc: int) -> dict[int, str]:
+    """The class names of a dataset YAML. Raises ConfigError unless there are ``nc``."""
+    from utils.config import DataConfig
+
+    names = DataConfig.load(data).names
+    if len(names) != nc:
+        raise ConfigError(f"--data {data}: {len(names)} class names, but the model has {nc} classes")
+    return names
+
+
+def strip(weights: Sequence[str]) -> None:
+    """Drop optimizer and other training state from the files, so that they are a quarter of the size."""
+    from utils.checkpoint import strip_checkpoint
+
+    for path in weights:
+        strip_checkpoint(path)
+
+
+def run(**kwargs: Any) -> int:
+    """The same from Python: ``run(weights="best.pt", source="folder", save_txt=True)``. Returns the exit status."""
+    return main(keywords_to_argv(build_parser(), kwargs))
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(main))

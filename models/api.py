@@ -1,0 +1,197 @@
+"""The Python way in: ``model = load("best.pt"); results = model("photo.jpg")``. detect.py runs the same class."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from models.load import load_model
+from models.results import Results
+from models.tta import augmented_forward
+from utils.augmentations import Letterbox, letterbox, letterbox_fit
+from utils.boxes import scale_to_original
+from utils.console import LOGGER
+from utils.device import select_device
+from utils.errors import ConfigError, SourceError, did_you_mean
+from utils.images import read_image
+from utils.nms import check_thresholds, non_max_suppression
+
+ImageLike = Any  # str | Path | PIL.Image.Image | np.ndarray (H, W, 3) RGB uint8
+SETTINGS = ("conf", "iou", "agnostic", "multi_label", "classes", "max_det", "amp", "augment")
+
+
+class Detector:
+    """A model with its pre- and post-processing.
+
+    Settings are plain attributes: ``conf`` and ``iou`` thresholds, ``agnostic`` NMS, ``multi_label``, ``classes`` (only
+    these numbers), ``max_det`` an image, ``amp`` autocast, ``augment`` flips and scales at test time. ``names`` maps
+    class numbers to names, ``stride`` is the largest stride of the model in pixels.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device, half: bool = False, **settings: Any) -> None:
+        """``half`` runs in float16, on CUDA only (elsewhere one warning and float32). Raises ConfigError for an
+        unknown setting or one out of range."""
+        if half and device.type != "cuda":
+            LOGGER.warning(f"--half: float16 is for CUDA devices; running in float32 on {device.type}")
+            half = False
+        self.model = (model.half() if half else model.float()).to(device).eval()
+        self.device, self.dtype = device, torch.float16 if half else torch.float32
+        self.names: dict[int, str] = dict(model.names)
+        self.stride = int(max(model.stride))
+        self.conf, self.iou, self.max_det = 0.25, 0.45, 1000
+        self.agnostic = self.multi_label = self.amp = self.augment = False
+        self.classes: Sequence[int] | None = None
+        for key, value in settings.items():
+            if key not in SETTINGS:
+                known = f"{did_you_mean(key, SETTINGS)} (there are: {', '.join(SETTINGS)})"
+                raise ConfigError(f"{key}: no such setting{known}")
+            setattr(self, key, value)
+        self.check()
+
+    def check(self) -> None:
+        """Raise ConfigError, naming the flag, when a threshold or a class number is out of range."""
+        check_thresholds(self.conf, self.iou, self.max_det)
+        for number in self.classes or ():
+            if number not in self.names:
+                raise ConfigError(f"--classes {number}: this model has classes 0 to {max(self.names)}")
+
+    @torch.inference_mode()
+    def __call__(self, images: ImageLike | Sequence[ImageLike] | Tensor, size: int | tuple[int, int] = 640) -> Any:
+        """Detect in one image or a list: paths, PIL images, numpy arrays uint8 (H, W, 3) RGB or (H, W) grey.
+
+        ``size``: pixels of the longer side of the network input, or (height, width); rounded up to the stride.
+        Returns :class:`models.results.Results`. A tensor (B, 3, H, W) in 0..1, H and W multiples of the stride, is
+        run as it is and gives the decoded predictions (B, N, 5+nc). Raises SourceError for what cannot be read.
+        """
+        if isinstance(images, Tensor):
+            return self.forward(images.to(self.device, self.dtype))
+        many = images if isinstance(images, (list, tuple)) else [images]
+        if not many:
+            raise SourceError("no image given: the list is empty")
+        arrays, files = zip(*(as_image(image, number) for number, image in enumerate(many)))
+        boxes, times, shape = self.detect(arrays, self.round_size(size))
+        return Results(list(arrays), boxes, list(files), self.names, times, shape)
+
+    def round_size(self, size: int | Sequence[int]) -> tuple[int, int]:
+        """(height, width) of the network input: one number or two, rounded up to multiples of the stride.
+
+        Raises ConfigError for sizes below 1 or more than two numbers.
+        """
+        sides = [size] if isinstance(size, int) else list(size)
+        if len(sides) not in (1, 2) or any(side < 1 for side in sides):
+            raise ConfigError(f"--imgsz {' '.join(map(str, sides))}: expected one size or height and width, in pixels")
+        rounded = [-(-side // self.stride) * self.stride for side in sides]
+        return rounded[0], rounded[-1]
+
+    @torch.inference_mode()
+    def detect(
+        self, images: Sequence[np.ndarray], imgsz: tuple[int, int]
+    ) -> tuple[list[Tensor], tuple[float, float, float], tuple[int, ...]]:
+        """Detect in uint8 (H, W, 3) RGB images of any size.
+
+        Returns a list of (n, 6) float32 on the CPU: x1, y1, x2, y2 in pixels of each image, confidence, class, by
+        falling confidence; milliseconds an image for pre-processing, inference and NMS; the network input's shape.
+        """
+        self.check()
+        clock = [self._now()]
+        batch, letterboxes = self.prepare(images, imgsz)
+        clock.append(self._now())
+        decoded = self.forward(batch)
+        clock.append(self._now())
+        found = non_max_suppression(
+            decoded,
+            self.conf,
+            self.iou,
+            classes=self.classes,
+            agnostic=self.agnostic,
+            multi_label=self.multi_label,
+            max_det=self.max_det,
+        )
+        boxes = [to_original(rows, tuple(batch.shape[2:]), box) for rows, box in zip(found, letterboxes)]
+        clock.append(self._now())
+        pre, inference, nms = (1000 * (b - a) / len(images) for a, b in zip(clock, clock[1:]))
+        return boxes, (pre, inference, nms), tuple(batch.shape)
+
+    def prepare(self, images: Sequence[np.ndarray], imgsz: tuple[int, int]) -> tuple[Tensor, list[Letterbox]]:
+        """Letterbox to the smallest common rectangle of stride multiples; (B, 3, H, W) in 0..1 on the device."""
+        if len({image.shape for image in images}) == 1:
+            boxed = [letterbox(image, imgsz, auto=True, stride=self.stride) for image in images]
+        else:
+            shape = self._common_shape(images, imgsz)
+            boxed = [letterbox(image, shape, auto=False, stride=self.stride) for image in images]
+        stacked = np.stack([image for image, _ in boxed]).transpose(0, 3, 1, 2)
+        batch = torch.from_numpy(np.ascontiguousarray(stacked)).to(self.device)
+        return batch.to(self.dtype) / 255, [box for _, box in boxed]
+
+    def _common_shape(self, images: Sequence[np.ndarray], imgsz: tuple[int, int]) -> tuple[int, int]:
+        sizes = [letterbox_fit(image.shape[:2], imgsz).size for image in images]
+        return self.round_size((max(height for _, height in sizes), max(width for width, _ in sizes)))
+
+    def forward(self, batch: Tensor) -> Tensor:
+        """(B, 3, H, W) in 0..1 -> decoded predictions (B, N, 5+nc), float32."""
+        with torch.autocast(self.device.type, enabled=self.amp):
+            output = augmented_forward(self.model, batch) if self.augment else self.model(batch)
+        decoded = output[0] if isinstance(output, (tuple, list)) else output
+        return decoded.float()
+
+    def warmup(self, imgsz: tuple[int, int]) -> None:
+        """One forward of an empty image on a GPU, so that the first picture is not timed with the start-up."""
+        if self.device.type == "cuda":
+            with torch.inference_mode():
+                self.forward(torch.zeros(1, 3, *imgsz, device=self.device, dtype=self.dtype))
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+def load(weights: str | Path | Sequence[str | Path], device: str = "", half: bool = False, **settings: Any) -> Detector:
+    """Open a checkpoint (or several, as an ensemble) for detection.
+
+    ``device`` as in ``--device``; ``settings`` are the attributes of :class:`Detector`, e.g. ``conf=0.4``.
+    Raises CheckpointError for a file that is missing or no checkpoint, ConfigError for a wrong setting.
+    """
+    chosen = select_device(device)
+    return Detector(load_model(weights, chosen, fuse=True), chosen, half, **settings)
+
+
+def as_image(image: ImageLike, number: int = 0) -> tuple[np.ndarray, str]:
+    """Any accepted kind of image as (uint8 (H, W, 3) RGB contiguous, a file name to save it under).
+
+    Raises SourceError for URLs and for arrays of another shape or dtype, DataError for a file that is no picture.
+    """
+    from PIL import Image, ImageOps
+
+    if isinstance(image, (str, Path)):
+        if "://" in str(image):
+            raise SourceError(f"{image}: nothing is downloaded; fetch the picture first and give its path")
+        if not Path(image).is_file():
+            raise SourceError(f"{image}: no such picture")
+        return read_image(image), Path(image).name
+    if isinstance(image, Image.Image):
+        name = Path(getattr(image, "filename", "") or f"image{number}.jpg").name
+        return np.array(ImageOps.exif_transpose(image).convert("RGB")), name
+    if not isinstance(image, np.ndarray):
+        raise SourceError(f"image {number}: expected a path, a PIL image or a numpy array, got {type(image).__name__}")
+    pixels = image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (1, 3, 4))
+    if not pixels or image.dtype != np.uint8 or image.size == 0:
+        raise SourceError(
+            f"image {number}: expected uint8 (height, width, 3) RGB, got {image.dtype} {tuple(image.shape)}; "
+            "a float (batch, 3, height, width) goes in as a torch tensor"
+        )
+    if image.ndim == 2 or image.shape[2] == 1:
+        image = np.repeat(image.reshape(*image.shape[:2], 1), 3, axis=2)
+    return np.ascontiguousarray(image[:, :, :3]), f"image{number}.jpg"
+
+
+def to_original(rows: Tensor, input_hw: tuple[int, int], box: Letterbox) -> Tensor:
+    """(n, 6) detections in network pixels -> the same in pixels of the original image, clipped to it, on the CPU."""
+    scaled = scale_to_original(rows[:, :4], input_hw, box.original, gain=box.ratio[0], pad=box.pad)
+    return torch.cat((scaled, rows[:, 4:]), 1).cpu()

@@ -1,4 +1,4 @@
-"""Reading pictures: every common format to RGB bytes, EXIF rotation applied, and one clear line for what cannot be read.
+"""Reading pictures: every common format to RGB bytes, EXIF rotation applied; one clear line for what cannot be read.
 
 Files are decoded from a byte buffer, so any path the file system accepts will do; nothing is ever written back.
 """

@@ -31,6 +31,8 @@ SETTLED_NS = 2_000_000_000
 
 OK, MISSING, EMPTY, CORRUPT = range(4)
 MAX_SHOWN = 10
+# what numpy, zipfile, json and indexing raise on bytes that are not a cache of ours
+_DAMAGE = (OSError, ValueError, KeyError, IndexError, TypeError, EOFError, zipfile.BadZipFile, zlib.error)
 _EMPTY_POINTS = np.zeros((0, 2), np.float32)
 
 
@@ -146,11 +148,8 @@ class LabelIndex:
         """``205 images, 2 backgrounds, 5 corrupt`` and what was mended or dropped inside files."""
         parts = [f"{self.found} images", f"{self.missing + self.empty} backgrounds", f"{self.corrupt} corrupt"]
         dropped = sum(fault.row > 0 for fault in self.faults)
-        extra = (
-            (dropped, "bad rows dropped"),
-            (self.clipped, "rows clipped"),
-            (self.duplicates, "duplicate rows removed"),
-        )
+        extra = [(dropped, "bad rows dropped"), (self.clipped, "rows clipped")]
+        extra.append((self.duplicates, "duplicate rows removed"))
         return ", ".join(parts + [f"{count} {what}" for count, what in extra if count])
 
 
@@ -187,15 +186,14 @@ def scan_labels(
         LOGGER.info(f"{title} {index.summary()}")
         _show_faults(index.faults, prefix)
     if strict and index.faults:
-        raise DataError(
-            f"{prefix}{len(index.faults)} faults in the data set (--strict-data); the first: {index.faults[0]}"
-        )
+        count = len(index.faults)
+        raise DataError(f"{prefix}{count} faults in the data set (--strict-data); the first: {index.faults[0]}")
     _check_any(index, entries, prefix, require_labels)
     return index
 
 
 def user_cache_dir() -> Path:
-    """Where caches go that cannot or should not lie beside the data: ``$XDG_CACHE_HOME/dcn-yolov5`` or ``~/.cache/...``."""
+    """Where caches go that cannot lie beside the data: ``$XDG_CACHE_HOME/dcn-yolov5`` or ``~/.cache/dcn-yolov5``."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     return Path(base) / "dcn-yolov5"
 
@@ -332,16 +330,7 @@ def _read_first(caches: list[Path], nc: int | None) -> tuple[dict[str, Entry], P
         if cache.is_file():
             try:
                 return _read_cache(cache, nc), cache
-            except (
-                OSError,
-                ValueError,
-                KeyError,
-                IndexError,
-                TypeError,
-                EOFError,
-                zipfile.BadZipFile,
-                zlib.error,
-            ) as error:
+            except _DAMAGE as error:
                 LOGGER.warning(f"{cache}: damaged or of another version ({error}); scanning again")
     return {}, None
 

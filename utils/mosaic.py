@@ -52,7 +52,7 @@ def mosaic_labels(
     segments: Sequence[list[np.ndarray] | None],
     size: int,
 ) -> tuple[np.ndarray, list[np.ndarray] | None]:
-    """Labels of the four images (each (n, 5) class, cx, cy, w, h in 0..1) as (N, 5) class, x1, y1, x2, y2 on the canvas.
+    """Labels of four images, each (n, 5) class, cx, cy, w, h in 0..1, as (N, 5) class, x1, y1, x2, y2 on the canvas.
 
     Polygons likewise: one for each label, empty for plain boxes, or None when there are none at all.
     """
@@ -135,7 +135,7 @@ def warp_tiles(load: Callable[[int], np.ndarray], tiles: Sequence[Tile], matrix:
 
 
 def _shown_part(tile: Tile, matrix: np.ndarray, size: int) -> tuple[int, int, int, int] | None:
-    """The frame's pixels x1, y1, x2, y2 around the moved tile (half a pixel more all round), None when it is outside."""
+    """The frame's pixels x1, y1, x2, y2 around the moved tile, half a pixel more all round; None when it is outside."""
     x1, y1, x2, y2 = tile.target
     if x2 <= x1 or y2 <= y1:
         return None

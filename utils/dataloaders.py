@@ -1,0 +1,222 @@
+"""Batches: which images in which order, how samples are joined, and the loader processes."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler, default_collate
+
+from utils.augmentations import Letterbox
+from utils.dataset import DetectionDataset, Draw, Sample
+from utils.errors import ResourceError, UserError
+
+
+@dataclass
+class Batch:
+    """Samples joined.
+
+    ``images`` uint8 (B, 3, H, W) RGB, channels last in memory; ``targets`` float32 (T, 6): image index in the batch,
+    class, cx, cy, w, h in 0..1 of the image; ``paths`` and ``letterboxes`` (None for mosaics), one for each image.
+    """
+
+    images: Tensor
+    targets: Tensor
+    paths: list[str]
+    letterboxes: list[Letterbox | None]
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        """A batch with its tensors on ``device``."""
+        images = self.images.to(device, non_blocking=non_blocking)
+        return replace(self, images=images, targets=self.targets.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Batch:
+        """A batch with its tensors in page-locked memory (called by torch's loader)."""
+        return replace(self, images=self.images.pin_memory(), targets=self.targets.pin_memory())
+
+
+def collate(samples: Sequence[Sample]) -> Batch:
+    """Join samples of one size. In a loader process the images go straight to shared memory."""
+    # torch's own collate is what knows how to allocate shared memory; the permuted view costs nothing and is the
+    # channels-last layout that GPUs convolve fastest
+    images = default_collate([torch.from_numpy(s.image) for s in samples]).permute(0, 3, 1, 2)
+    counts = [len(s.labels) for s in samples]
+    targets = np.empty((sum(counts), 6), np.float32)
+    targets[:, 0] = np.repeat(np.arange(len(samples)), counts)
+    targets[:, 1:] = np.concatenate([s.labels for s in samples])
+    return Batch(images, torch.from_numpy(targets), [s.path for s in samples], [s.letterbox for s in samples])
+
+
+def collate_quad(samples: Sequence[Sample]) -> Batch:
+    """Join four samples each into one image of twice the size: half of the time four tiles, else the first, enlarged.
+
+    B samples give B // 4 images. The tiles go down the left column, then down the right.
+    """
+    joined = []
+    for first in range(0, len(samples) // 4 * 4, 4):
+        four = samples[first : first + 4]
+        rng = np.random.default_rng((four[0].draw.epoch, four[0].draw.index, four[0].draw.repeat, 4))
+        if rng.random() < 0.5:
+            h, w = four[0].image.shape[:2]
+            image, labels = cv2.resize(four[0].image, (2 * w, 2 * h), interpolation=cv2.INTER_LINEAR), four[0].labels
+        else:
+            left, right = (np.concatenate([s.image for s in pair]) for pair in (four[:2], four[2:]))
+            image = np.concatenate((left, right), 1)
+            places = np.float32([(0, 0, 0, 0, 0), (0, 0, 1, 0, 0), (0, 1, 0, 0, 0), (0, 1, 1, 0, 0)])
+            moved = [(s.labels + place) * np.float32((1, 0.5, 0.5, 0.5, 0.5)) for s, place in zip(four, places)]
+            labels = np.concatenate(moved)
+        joined.append(replace(four[0], image=image, labels=labels, letterbox=None))
+    return collate(joined)
+
+
+class EpochSampler(Sampler[Draw]):
+    """The images of one rank in one epoch; a pure function of (seed, epoch, rank), so a resumed run repeats it.
+
+    length: images in the set. shuffle: a new order each epoch. rank, size: this process and how many there are.
+    block: images that stay together (the batch of rectangular batches). even: give every rank the same number,
+    repeating images (training, where ranks step together); otherwise every image comes exactly once (evaluation).
+    """
+
+    def __init__(
+        self,
+        length: int,
+        *,
+        shuffle: bool,
+        seed: int = 0,
+        rank: int = 0,
+        size: int = 1,
+        block: int = 1,
+        even: bool = True,
+    ) -> None:
+        self.length, self.shuffle, self.seed = length, shuffle, seed
+        self.rank, self.size, self.block, self.even = rank, size, block, even
+        self.epoch = 0
+        self.weights: np.ndarray | None = None
+
+    def set_epoch(self, epoch: int) -> None:
+        """The epoch (from 0) that the next iteration is for."""
+        self.epoch = epoch
+
+    def set_weights(self, weights: np.ndarray | None) -> None:
+        """Draw images with replacement by these (n,) weights, or each once again (None)."""
+        self.weights = weights
+
+    def order(self) -> np.ndarray:
+        """(n,) image numbers of this epoch for all ranks together."""
+        rng = np.random.default_rng((self.seed, self.epoch))
+        if self.weights is not None and self.weights.sum() > 0:
+            return rng.choice(self.length, self.length, p=self.weights / self.weights.sum())
+        return rng.permutation(self.length) if self.shuffle else np.arange(self.length)
+
+    def _share(self, order: np.ndarray) -> np.ndarray:
+        if self.size == 1:
+            return order
+        blocks = [order[i : i + self.block] for i in range(0, len(order), self.block)]
+        if self.even and blocks:
+            blocks[-1] = np.resize(blocks[-1], self.block)
+            blocks = [blocks[i % len(blocks)] for i in range(-(-len(blocks) // self.size) * self.size)]
+        return np.concatenate(blocks[self.rank :: self.size] or [order[:0]])
+
+    def __iter__(self) -> Iterator[Draw]:
+        seen: Counter[int] = Counter()
+        for index in self._share(self.order()).tolist():
+            yield Draw(self.epoch, index, seen[index])
+            seen[index] += 1
+
+    def __len__(self) -> int:
+        return len(self._share(np.arange(self.length)))
+
+
+class DetectionLoader(DataLoader):
+    """torch's loader with ``set_epoch`` and with failures of its processes told in one line.
+
+    ``iter(loader)`` starts loading at once: a trainer may call it before it validates, to find the first batches
+    ready.
+    """
+
+    def set_epoch(self, epoch: int) -> None:
+        """The epoch (from 0) that the next ``iter()`` is for."""
+        self.sampler.set_epoch(epoch)
+        self.dataset.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self._clear_errors(super().__iter__())
+
+    def _clear_errors(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        try:
+            yield from batches
+        except UserError as error:  # from a process: torch put the whole traceback in the text
+            name = type(error).__name__ + ": "
+            text = str(error).strip()
+            raise type(error)(text.rsplit(name, 1)[-1].splitlines()[0]) from None
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise ResourceError(
+                f"a data loading process died ({str(error).splitlines()[0]}): most often memory is short or, in a "
+                "container, /dev/shm is (docker run --shm-size 8g); use fewer --workers, or --workers 0"
+            ) from None
+
+
+def create_dataloader(
+    dataset: DetectionDataset,
+    batch_size: int,
+    *,
+    shuffle: bool = False,
+    workers: int = 8,
+    world: tuple[int, int] = (0, 1),
+    seed: int = 0,
+    image_weights: np.ndarray | None = None,
+    quad: bool = False,
+    persistent: bool = True,
+) -> DetectionLoader:
+    """Batches of a data set for process ``world[0]`` of ``world[1]``.
+
+    ``workers`` is cut to the cores of this process's share and to the batch size. A training set (``augment``) is
+    shared out evenly, an evaluation set exactly. A rectangular set keeps its own order and batch size. ``quad``
+    joins four images into one (drops the last, incomplete batch).
+    """
+    rank, size = world
+    batch_size = max(1, min(batch_size, len(dataset)))
+    if dataset.rect:
+        batch_size, shuffle = dataset.batch_size, False
+    sampler = EpochSampler(
+        len(dataset),
+        shuffle=shuffle,
+        seed=seed,
+        rank=rank,
+        size=size,
+        block=batch_size if dataset.rect else 1,
+        even=dataset.augment,
+    )
+    sampler.set_weights(None if dataset.rect else image_weights)
+    processes = min(workers, max(available_cores() // size, 1), batch_size if batch_size > 1 else 0)
+    return DetectionLoader(
+        dataset,
+        batch_size,
+        sampler=sampler,
+        num_workers=processes,
+        collate_fn=collate_quad if quad else collate,
+        drop_last=quad,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_start_worker,
+        persistent_workers=persistent and processes > 0,
+        generator=torch.Generator().manual_seed(seed),  # leaves the global generator alone
+    )
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _start_worker(_: int) -> None:
+    """One core each: many processes with many threads only get in each other's way."""
+    cv2.setNumThreads(0)
+    torch.set_num_threads(1)

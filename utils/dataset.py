@@ -1,0 +1,295 @@
+"""A detection data set: index -> Sample, for training (augmented) and for evaluation (letterboxed).
+
+Every training sample draws from its own generator, seeded by (seed, epoch, index): the result does not depend on how
+many processes load, and a resumed run sees exactly what it would have seen.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+from torch.utils.data import Dataset
+
+from utils.augmentations import (
+    Letterbox,
+    apply_hsv,
+    draw_hsv,
+    draw_perspective,
+    flip,
+    letterbox,
+    mixup,
+    warp,
+    warp_labels,
+)
+from utils.config import Hyp
+from utils.errors import DataError
+from utils.image_cache import make_cache
+from utils.images import read_image
+from utils.label_cache import scan_labels
+from utils.mosaic import mosaic
+
+
+class Draw(NamedTuple):
+    """What a sampler asks for: image ``index`` in ``epoch``, for the ``repeat``-th time in that epoch (from 0).
+
+    The epoch travels with the index, so loader processes that live for many epochs need not be told about it.
+    """
+
+    epoch: int
+    index: int
+    repeat: int = 0
+
+
+@dataclass
+class Sample:
+    """One item. ``image`` uint8 (H, W, 3) RGB contiguous; ``labels`` float32 (n, 5): class, cx, cy, w, h in 0..1;
+    ``letterbox`` maps boxes back to the file, None for mosaics and warped images; ``draw`` is what was asked for."""
+
+    image: np.ndarray
+    labels: np.ndarray
+    path: str
+    letterbox: Letterbox | None
+    draw: Draw
+
+
+class DetectionDataset(Dataset):
+    """Images with labels from folders and lists.
+
+    sources: folders of images, .txt lists, files. imgsz: side of the training image in pixels.
+    hyp, augment: with ``augment`` samples are training samples by ``hyp`` (default: :class:`Hyp`'s own).
+    rect, batch_size, stride, pad: rectangular batches; images are sorted by shape, and ``batch_size`` consecutive
+    ones share the smallest frame (a multiple of ``stride``, ``pad`` strides larger) that holds them; no mosaic.
+    cache: '', 'ram' or 'disk'. single_cls: all classes become 0. nc or names: to check class numbers.
+    strict: the first fault in the data is an error. require_labels: no boxes at all is an error (default: augment).
+    close_mosaic_epoch: first epoch (from 0) without mosaic and mixup, None for never.
+
+    Raises DataError, see :func:`utils.label_cache.scan_labels`.
+
+    ``labels`` (rows, 5) float32 with ``offsets`` (n + 1): rows of image i are offsets[i]:offsets[i+1].
+    ``shapes`` (n, 2) int32: width and height of each file. ``batch_shapes`` (batches, 2): height and width, or None.
+    """
+
+    def __init__(
+        self,
+        sources: str | Path | Iterable[str | Path],
+        imgsz: int = 640,
+        *,
+        hyp: Hyp | None = None,
+        augment: bool = False,
+        rect: bool = False,
+        batch_size: int = 16,
+        stride: int = 32,
+        pad: float = 0.0,
+        cache: str = "",
+        single_cls: bool = False,
+        nc: int | None = None,
+        names: Mapping[int, str] | Sequence[str] | None = None,
+        strict: bool = False,
+        require_labels: bool | None = None,
+        prefix: str = "",
+        seed: int = 0,
+        close_mosaic_epoch: int | None = None,
+        show: bool = True,
+    ) -> None:
+        self.nc = 1 if single_cls else nc if nc is not None else len(names) if names is not None else None
+        require_labels = augment if require_labels is None else require_labels
+        index = scan_labels(sources, None if single_cls else self.nc, prefix, strict, require_labels, show)
+        if single_cls:
+            index = dataclasses.replace(index, labels=index.labels * np.float32((0, 1, 1, 1, 1)))
+        self.batch_shapes = None
+        if rect:
+            order, self.batch_shapes = rect_batches(index.sizes, imgsz, batch_size, stride, pad)
+            index = index.reorder(order)
+        self.index, self.imgsz, self.rect, self.batch_size = index, imgsz, rect, batch_size
+        self.hyp, self.augment, self.seed = hyp or Hyp(), augment, seed
+        self.close_mosaic_epoch = close_mosaic_epoch
+        self.epoch = 0
+        self.resized = resized_shapes(index.sizes, imgsz)
+        variant = "linear" if augment else "area"
+        self.cache = make_cache(cache, index.paths, self.resized, self._read, variant, f"{prefix}: " if prefix else "")
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    @property
+    def labels(self) -> np.ndarray:
+        """(rows, 5) float32: class, cx, cy, w, h in 0..1, of all images."""
+        return self.index.labels
+
+    @property
+    def offsets(self) -> np.ndarray:
+        """(n + 1,) int64: image i has rows offsets[i]:offsets[i+1] of ``labels``."""
+        return self.index.offsets
+
+    @property
+    def shapes(self) -> np.ndarray:
+        """(n, 2) int32: width and height of each image file as shown."""
+        return self.index.sizes
+
+    def path(self, index: int) -> str:
+        """The file of image ``index``."""
+        return self.index.paths[index]
+
+    def class_counts(self) -> np.ndarray:
+        """(nc,) int64: boxes of each class."""
+        return np.bincount(self.labels[:, 0].astype(np.int64), minlength=self.nc or 0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """The epoch for items asked for by plain number (samplers send their own, see :class:`Draw`)."""
+        self.epoch = epoch
+
+    def load_image(self, index: int) -> np.ndarray:
+        """Image ``index`` scaled to a longest side of ``imgsz``: (h, w, 3) uint8 RGB, not to be changed in place."""
+        cached = self.cache.get(index)
+        return self._read(index) if cached is None else cached
+
+    def _read(self, index: int) -> np.ndarray:
+        path = self.path(index)
+        image = read_image(path)
+        w0, h0 = self.shapes[index]
+        if image.shape[:2] != (h0, w0):
+            raise DataError(f"{path}: is {image.shape[1]}x{image.shape[0]} pixels but was {w0}x{h0} at the start")
+        height, width = self.resized[index]
+        if (height, width) == (h0, w0):
+            return image
+        # area averages when shrinking; in training linear, which is faster and leaves detail to be augmented
+        linear = self.augment or self.imgsz > max(h0, w0)
+        return cv2.resize(
+            image, (int(width), int(height)), interpolation=cv2.INTER_LINEAR if linear else cv2.INTER_AREA
+        )
+
+    def __getitem__(self, item: int | Draw) -> Sample:
+        draw = item if isinstance(item, Draw) else Draw(self.epoch, int(item))
+        if not 0 <= draw.index < len(self):
+            raise IndexError(draw.index)
+        return self._training_sample(draw) if self.augment else self._evaluation_sample(draw)
+
+    def _frame(self, index: int) -> int | tuple[int, int]:
+        if self.batch_shapes is None:
+            return self.imgsz
+        height, width = self.batch_shapes[index // self.batch_size]
+        return int(height), int(width)
+
+    def _boxed(self, index: int, scaleup: bool) -> tuple[np.ndarray, Letterbox]:
+        """The image in its frame, and the map from the file's pixels to the frame's."""
+        image = self.load_image(index)
+        h, w = image.shape[:2]
+        w0, h0 = map(int, self.shapes[index])
+        image, box = letterbox(image, self._frame(index), auto=False, scaleup=scaleup)
+        return image, Letterbox((h0, w0), (box.ratio[0] * w / w0, box.ratio[1] * h / h0), box.pad)
+
+    def _evaluation_sample(self, draw: Draw) -> Sample:
+        image, box = self._boxed(draw.index, scaleup=False)
+        labels = to_unit(self._pixel_labels(draw.index, box), image.shape)
+        return Sample(image, labels, self.path(draw.index), box, draw)
+
+    def _pixel_labels(self, index: int, box: Letterbox) -> np.ndarray:
+        """(n, 5) class, x1, y1, x2, y2 in the frame's pixels."""
+        labels = self.index.rows(index).copy()
+        w, h = self.shapes[index] * box.ratio
+        centre, half = labels[:, 1:3].copy(), labels[:, 3:5] / 2
+        labels[:, 1:3] = (centre - half) * np.float32((w, h)) + np.float32(box.pad)
+        labels[:, 3:5] = (centre + half) * np.float32((w, h)) + np.float32(box.pad)
+        return labels
+
+    def _training_sample(self, draw: Draw) -> Sample:
+        rng = np.random.default_rng((self.seed, draw.epoch, draw.index, draw.repeat))
+        hyp, box = self.hyp, None
+        closed = self.close_mosaic_epoch is not None and draw.epoch >= self.close_mosaic_epoch
+        if not self.rect and not closed and rng.random() < hyp.mosaic:
+            image, labels = self._mosaic(draw.index, rng)
+            if rng.random() < hyp.mixup:
+                other = self._mosaic(int(rng.integers(len(self))), rng)
+                image, labels = mixup((image, labels), other, rng.beta(32.0, 32.0))
+        else:
+            image, labels, box = self._warped(draw.index, rng)
+        labels = to_unit(labels, image.shape)
+        image = apply_hsv(image, draw_hsv(rng, hyp))
+        image, labels = flip(image, labels, rng.random() < hyp.flipud, rng.random() < hyp.fliplr)
+        return Sample(np.ascontiguousarray(image), labels, self.path(draw.index), box, draw)
+
+    def _mosaic(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        chosen = [index, *map(int, rng.integers(len(self), size=3))]
+        chosen = [chosen[k] for k in rng.permutation(4)]
+        shapes = [(int(h), int(w)) for h, w in self.resized[chosen]]
+        return mosaic(
+            lambda k: self.load_image(chosen[k]),
+            shapes,
+            [self.index.rows(i) for i in chosen],
+            [self.index.segments(i) for i in chosen],
+            self.imgsz,
+            rng,
+            self.hyp,
+            draw_perspective(rng, self.hyp),
+        )
+
+    def _warped(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, Letterbox | None]:
+        image, box = self._boxed(index, scaleup=True)
+        frame = image.shape[:2]
+        draw = draw_perspective(rng, self.hyp)
+        matrix = draw.matrix(frame, frame)
+        segments = self.index.segments(index)
+        if segments is not None:
+            scale = self.shapes[index] * box.ratio
+            segments = [np.float32(s * scale + box.pad) for s in segments]
+        labels = warp_labels(self._pixel_labels(index, box), segments, draw, matrix, frame)
+        warped = warp(image, matrix, frame)
+        return warped, labels, box if warped is image else None
+
+
+def to_unit(labels: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """(n, 5) class, x1, y1, x2, y2 in pixels of an image of ``shape`` (h, w, ...) -> class, cx, cy, w, h in 0..1.
+
+    Boxes are clipped to the image, a thousandth of a pixel short of its far edges.
+    """
+    h, w = shape[:2]
+    corners = np.clip(labels[:, 1:5], 0, np.float32((w - 1e-3, h - 1e-3, w - 1e-3, h - 1e-3)))
+    unit = np.empty_like(labels)
+    unit[:, 0] = labels[:, 0]
+    unit[:, 1:3] = (corners[:, :2] + corners[:, 2:]) / 2 / np.float32((w, h))
+    unit[:, 3:5] = (corners[:, 2:] - corners[:, :2]) / np.float32((w, h))
+    return unit
+
+
+def resized_shapes(sizes: np.ndarray, imgsz: int) -> np.ndarray:
+    """(n, 2) widths and heights -> (n, 2) heights and widths with the longest side at ``imgsz``, rounded up."""
+    ratio = imgsz / sizes.max(1, keepdims=True, initial=1)
+    return np.where(ratio == 1, sizes, np.ceil(sizes * ratio)).astype(np.int32)[:, ::-1]
+
+
+def rect_batches(
+    sizes: np.ndarray, imgsz: int, batch_size: int, stride: int, pad: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Order images by height / width and find the frame of each batch.
+
+    ``sizes`` (n, 2): width, height. Returns the order (n,) and the frames (batches, 2): height, width.
+    """
+    aspect = sizes[:, 1] / sizes[:, 0]
+    order = aspect.argsort(kind="stable")
+    aspect = aspect[order]
+    frames = []
+    for start in range(0, len(sizes), batch_size):
+        low, high = aspect[start], aspect[min(start + batch_size, len(sizes)) - 1]
+        h, w = (high, 1.0) if high < 1 else (1.0, 1 / low) if low > 1 else (1.0, 1.0)
+        frames.append([math.ceil(side * imgsz / stride + pad) * stride for side in (h, w)])
+    return order, np.array(frames, np.int32)
+
+
+def class_weights(classes: np.ndarray, nc: int) -> np.ndarray:
+    """(nc,) weights of rare classes: 1 / count, normalised to sum 1 (a class without boxes counts as one box)."""
+    counts = np.bincount(classes.astype(np.int64), minlength=nc)
+    weights = 1 / np.maximum(counts, 1)
+    return weights / weights.sum()
+
+
+def image_weights(classes: np.ndarray, offsets: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """(n,) sum of the class weights over each image's boxes; ``classes`` (rows,), ``offsets`` (n + 1,)."""
+    total = np.concatenate(([0.0], np.cumsum(weights[classes.astype(np.int64)])))
+    return total[offsets[1:]] - total[offsets[:-1]]

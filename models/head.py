@@ -44,10 +44,10 @@ class Detect(nn.Module):
         self.anchors.copy_(pixels / stride.view(-1, 1, 1))
 
     @torch.no_grad()
-    def initialize_biases(self) -> None:
+    def initialize_biases(self, strides: Sequence[float]) -> None:
         """Start at the expected rates: about 8 objects per 640-pixel image and classes at 0.6 / nc (the prior of
-        RetinaNet, arXiv 1708.02002, sec. 4.1). Adds to the biases; call once, after the strides are known."""
-        for conv, stride in zip(self.m, self.stride.tolist()):
+        RetinaNet, arXiv 1708.02002, sec. 4.1). Adds to the biases: call once."""
+        for conv, stride in zip(self.m, strides):
             bias = conv.bias.view(self.na, self.no)
             bias[:, 4] += math.log(8 / (640 / stride) ** 2)
             bias[:, 5:] += math.log(0.6 / (self.nc - 0.99999))

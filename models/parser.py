@@ -189,27 +189,23 @@ def _build(spec: ModelSpec, row: Row, index: int, inputs: tuple, c_in: list[int]
     if row.block not in LAYERS:
         raise ConfigError(f"{row.where}: unknown block '{row.block}'{did_you_mean(row.block, LAYERS)}")
     block = LAYERS[row.block]
-    if block.rule not in (joined, detection) and len(c_in) > 1:
-        raise ValueError(f"takes one input, 'from' names {len(c_in)}")
+    if isinstance(row.source, list) != (block.rule in (joined, detection)):
+        expected = "one layer number" if isinstance(row.source, list) else "a list of layer numbers"
+        raise ValueError(f"'from' must be {expected} for this block, got {row.source!r}")
     repeats = max(round(row.number * spec.depth), 1) if row.number > 1 else row.number
     if repeats > MAX_REPEATS:
         raise ValueError(f"{repeats} repeats; {MAX_REPEATS} are allowed")
     args, c_out = block.rule(spec, c_in, [_resolve(a, spec) for a in row.args])
     if block.takes_repeats:
         args.insert(2, repeats)
-    module = _construct(block, args, spec)
-    if repeats > 1 and not block.takes_repeats:  # copies after the first start from its channels
-        following = [c_out, *args[1:]] if block.rule is scaled else args
-        module = nn.Sequential(module, *(_construct(block, following, spec) for _ in range(repeats - 1)))
-    kind = _first(module) if repeats > 1 and not block.takes_repeats else module
+    first = _construct(block, args, spec)
+    following = [c_out, *args[1:]] if block.rule is scaled else args  # a copy reads what the first one wrote
+    copies = [] if block.takes_repeats else [_construct(block, following, spec) for _ in range(repeats - 1)]
+    module = nn.Sequential(first, *copies) if copies else first
     module.i, module.f = index, row.source
-    module.type = f"{type(kind).__module__}.{type(kind).__name__}"
+    module.type = f"{type(first).__module__}.{type(first).__name__}"
     module.np = sum(p.numel() for p in module.parameters())
     return module, Layer(index, row.source, inputs, repeats, module.type, args, row.where), c_out
-
-
-def _first(module: nn.Sequential) -> nn.Module:
-    return module[0]
 
 
 def _resolve(arg: Any, spec: ModelSpec) -> Any:

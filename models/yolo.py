@@ -45,9 +45,9 @@ class DetectionModel(nn.Module):
         self.names = {number: str(number) for number in range(read.nc)}
         self.model, self.layers = parse_model(read)
         self.save = sorted(i for layer in self.layers for i in layer.kept)
-        detect = self.detect
-        detect.set_anchors(self.layers[-1].args[1], self._measure_strides(read.ch))
-        detect.initialize_biases()
+        strides = self._measure_strides(read.ch)
+        self.detect.set_anchors(self.layers[-1].args[1], strides)
+        self.detect.initialize_biases(strides)
 
     @property
     def detect(self) -> Detect:

@@ -1,0 +1,150 @@
+"""From a YAML file or a checkpoint to a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from models.ensemble import Ensemble
+from models.surgery import fuse as fuse_norms
+from models.yolo import DetectionModel
+from utils.checkpoint import Checkpoint, read_checkpoint
+from utils.console import LOGGER
+from utils.errors import CheckpointError, ConfigError
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What came over from a checkpoint: entries of the model's state dict."""
+
+    source: str = ""
+    transferred: int = 0
+    total: int = 0
+    missing: list[str] = field(default_factory=list)
+    """In the model, not in the file (or left out: anchors that were given anew)."""
+    mismatched: list[str] = field(default_factory=list)
+    """In both with different shapes, as ``name file-shape -> model-shape``."""
+
+    def text(self) -> str:
+        """One or two lines for the log."""
+        if not self.source:
+            return "No weights given: training starts from random weights"
+        line = f"Transferred {self.transferred}/{self.total} items from {self.source}"
+        if self.mismatched:
+            line += f"\nNot transferred, other shape: {_first(self.mismatched)}"
+        if self.missing:
+            line += f"\nNot in the file: {_first(self.missing)}"
+        return line
+
+
+def _first(names: list[str], shown: int = 3) -> str:
+    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
+
+
+def build_or_load(
+    cfg: str | Path | dict | None,
+    weights: str | Path | None,
+    nc: int | None,
+    anchors: float | list | None = None,
+    names: Mapping[int, str] | Sequence[str] | None = None,
+) -> tuple[DetectionModel, LoadReport]:
+    """A model for training, float32 on the CPU.
+
+    The layers are those of ``cfg``, or of the checkpoint when cfg is empty; entries of the checkpoint whose name and
+    shape fit are taken over. Another ``nc`` so keeps all but the head. The checkpoint's anchors are taken over too,
+    unless ``cfg`` or ``anchors`` gives others; to resume a run pass neither. ``names`` are the class names, as a dict
+    or in order.
+
+    Raises ConfigError for a faulty YAML, for neither cfg nor weights and for a wrong number of names; CheckpointError
+    for a weights file that is missing, damaged, without a description or that fits nothing.
+    """
+    checkpoint = _read(weights) if weights else None
+    if checkpoint is None and not cfg:
+        raise ConfigError("neither --weights nor --cfg given: name a checkpoint to start from or a model YAML to build")
+    model = DetectionModel(cfg or _description(checkpoint), nc=nc, anchors=anchors)
+    report = LoadReport()
+    if checkpoint is not None:
+        keep_anchors = not cfg and anchors is None
+        report = _transfer(model, checkpoint, keep_anchors)
+        if checkpoint.meta.get("names") and checkpoint.meta.get("nc") == model.nc:
+            model.names = _named(checkpoint.meta["names"], model.nc, str(weights))
+    if names is not None:
+        model.names = _named(names, model.nc, "names")
+    return model, report
+
+
+def load_model(
+    weights: str | Path | Sequence[str | Path], device: torch.device | str = "cpu", fuse: bool = True
+) -> DetectionModel | Ensemble:
+    """A model for inference: eval mode, float32, on ``device``, norms folded unless ``fuse`` is False. Several files
+    make an Ensemble.
+
+    Raises CheckpointError for a file that is missing, damaged or incomplete. Nothing is downloaded.
+    """
+    paths = [weights] if isinstance(weights, (str, Path)) else list(weights)
+    if not paths:
+        raise CheckpointError("no weights given: name at least one checkpoint")
+    models = [_load_one(path, fuse).to(device) for path in paths]
+    if len(models) == 1:
+        return models[0]
+    LOGGER.info(f"Ensemble created with {[str(path) for path in paths]}")
+    return Ensemble(models).eval()
+
+
+def _load_one(path: str | Path, fuse: bool) -> DetectionModel:
+    checkpoint = _read(path)
+    model = DetectionModel(_description(checkpoint), nc=checkpoint.meta.get("nc"))
+    report = _transfer(model, checkpoint, keep_anchors=True)
+    if report.transferred < report.total:
+        lacking = [*report.missing, *report.mismatched]
+        raise CheckpointError(f"{path}: its weights do not fill its own model: {_first(lacking)}")
+    if checkpoint.meta.get("names"):
+        model.names = _named(checkpoint.meta["names"], model.nc, str(path))
+    model = model.float().eval()
+    return fuse_norms(model) if fuse else model
+
+
+def _read(path: str | Path) -> Checkpoint:
+    if Path(path).suffix in (".yaml", ".yml"):
+        raise CheckpointError(f"{path}: a model YAML holds no weights; use --cfg {path}")
+    return read_checkpoint(path)
+
+
+def _description(checkpoint: Checkpoint) -> dict:
+    description = checkpoint.meta.get("yaml")
+    if not isinstance(description, dict):
+        raise CheckpointError(f"{checkpoint.path}: holds weights without a model description; add --cfg with its YAML")
+    return description
+
+
+@torch.no_grad()
+def _transfer(model: nn.Module, checkpoint: Checkpoint, keep_anchors: bool) -> LoadReport:
+    """Copy what fits by name and shape, whatever the file's float dtype."""
+    own: dict[str, Tensor] = model.state_dict()
+    transferred, missing, mismatched = 0, [], []
+    for name, target in own.items():
+        value = checkpoint.model.get(name)
+        if value is None or ("anchor" in name and not keep_anchors):
+            missing.append(name)
+        elif value.shape != target.shape:
+            mismatched.append(f"{name} {tuple(value.shape)} -> {tuple(target.shape)}")
+        else:
+            target.copy_(value)
+            transferred += 1
+    if transferred == 0:
+        raise CheckpointError(
+            f"{checkpoint.path}: nothing in it fits the model; is it a checkpoint of another network?"
+        )
+    return LoadReport(str(checkpoint.path), transferred, len(own), missing, mismatched)
+
+
+def _named(names: Mapping[int, str] | Sequence[str], nc: int, source: str) -> dict[int, str]:
+    pairs = names.items() if isinstance(names, Mapping) else enumerate(names)
+    named = {int(number): str(name) for number, name in pairs}
+    if sorted(named) != list(range(nc)):
+        raise ConfigError(f"{source}: {len(named)} class names for {nc} classes; they must be numbered 0..{nc - 1}")
+    return dict(sorted(named.items()))

@@ -1,0 +1,59 @@
+"""Changes to a built model: fold norms into convolutions, freeze layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from models.common import Conv, DCNConv
+from utils.errors import ConfigError
+
+
+@torch.no_grad()
+def fuse(model: nn.Module) -> nn.Module:
+    """Fold the norm of every Conv and DCNConv into its convolution, in place; for inference. Returns the model.
+
+    ``bn`` becomes an Identity, so the same forward runs; the keys conv.weight and conv.bias remain. Parameters no
+    longer ask for gradients, as the folded norms cannot be trained. Calling it again changes nothing.
+    """
+    for module in model.modules():
+        if isinstance(module, (Conv, DCNConv)) and isinstance(module.bn, nn.BatchNorm2d):
+            weight, bias = _folded(module.conv.weight, module.conv.bias, module.bn)
+            module.conv.weight.copy_(weight)
+            module.conv.bias = nn.Parameter(bias)
+            module.bn = nn.Identity()
+    return model.requires_grad_(False)
+
+
+def _folded(weight: Tensor, bias: Tensor | None, bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """Weight (Cout, ...) and bias (Cout,) of conv -> bn at its running statistics, computed in float64.
+
+    W' = W * gamma / sqrt(var + eps), b' = beta + (b - mean) * gamma / sqrt(var + eps). A convolution is linear in its
+    weight wherever it samples, so this holds for a deformable one too.
+    """
+    scale = bn.weight.double() / (bn.running_var.double() + bn.eps).sqrt()
+    start = bias.double() if bias is not None else torch.zeros_like(scale)
+    folded = weight.double() * scale.view(-1, *[1] * (weight.dim() - 1))
+    return folded.to(weight.dtype), (bn.bias.double() + (start - bn.running_mean.double()) * scale).to(weight.dtype)
+
+
+def freeze(model: nn.Module, layers: Iterable[int]) -> list[str]:
+    """Stop the gradients of these layers and start those of all others; returns the names of the frozen parameters.
+
+    ``layers`` are numbers of the model's table (``model.<number>.``). Their BatchNorm statistics still follow the
+    data, as in YOLOv5: a frozen layer keeps its weights, not its outputs. Raises ConfigError for a number that the
+    model does not have.
+    """
+    wanted = sorted(set(layers))
+    missing = [number for number in wanted if not 0 <= number < len(model.model)]
+    if missing:
+        raise ConfigError(f"--freeze {missing[0]}: the model has layers 0..{len(model.model) - 1}")
+    prefixes = tuple(f"model.{number}." for number in wanted)
+    frozen = []
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = not name.startswith(prefixes)
+        if not parameter.requires_grad:
+            frozen.append(name)
+    return frozen

@@ -42,7 +42,6 @@ class Learner:
     amp_dtype: torch.dtype | None = None
     clip_grad: float = 10.0
     loss_gain: float = 1.0
-    last_step: int = -1  # global iteration of the newest optimizer step
 
     def backward(self, images: Tensor, targets: Tensor) -> LossParts:
         """Forward, loss and backward of one batch; gradients add up until :meth:`step`.
@@ -121,7 +120,6 @@ def train_one_epoch(
     size = 0
     try:
         for index, batch in enumerate(bar):
-            iteration = epoch * len(loader) + index
             settings = learner.schedule.at(epoch, index)
             learner.schedule.apply(learner.optimizer, settings)
             images = to_network_input(batch.images, learner.device)
@@ -129,9 +127,8 @@ def train_one_epoch(
                 images = resize_batch(images, rng, multi_scale.imgsz, multi_scale.stride)
             size = images.shape[-1]
             parts = learner.backward(images, batch.targets.to(learner.device, non_blocking=True))
-            if iteration - learner.last_step >= settings.accumulate:
+            if settings.optimizer_step:
                 learner.step()
-                learner.last_step = iteration
             text = meter.add(parts, batch, size)
             if text:
                 bar.set_description(text, refresh=False)
@@ -164,7 +161,7 @@ class _Meter:
 
     def add(self, parts: LossParts, batch, size: int) -> str:
         """Count one batch; returns the bar's text when the losses were read."""
-        self.total += torch.stack((parts.box, parts.obj, parts.cls)).float()
+        self.total += parts.items.float()
         self.finite &= torch.isfinite(parts.total.detach()).all()
         self.count += 1
         self.images += batch.images.shape[0]

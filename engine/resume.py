@@ -22,7 +22,9 @@ def find_last_checkpoint(request: str, below: Path = Path(".")) -> Path:
     if request == "auto":
         found = sorted((below / "runs").glob("**/last.pt"), key=lambda p: p.stat().st_mtime)
         if not found:
-            raise CheckpointError("--resume: no last.pt below runs/; give its path: --resume runs/train/exp/weights/last.pt")
+            raise CheckpointError(
+                "--resume: no last.pt below runs/; give its path: --resume runs/train/exp/weights/last.pt"
+            )
         return found[-1]
     path = Path(request)
     if path.is_dir():

@@ -15,7 +15,9 @@ from engine.epoch import Learner
 from utils.checkpoint import read_checkpoint, rng_state, save_checkpoint, set_rng_state
 from utils.config import Hyp, TrainConfig
 from utils.early_stopping import EarlyStopping
+from utils.ema import unwrap
 from utils.errors import CheckpointError
+from utils.optim import restore_optimizer
 
 
 @dataclass
@@ -39,22 +41,23 @@ def describe_run(model, cfg: TrainConfig, hyp: Hyp) -> dict[str, Any]:
         "imgsz": cfg.imgsz,
         "hyp": hyp.to_dict(),
         "opt": {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(cfg).items()},
-        "versions": {"torch": torch.__version__, "torchvision": torchvision.__version__, "python": platform.python_version()},
+        "versions": {
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+            "python": platform.python_version(),
+        },
     }
 
 
-def _whole_model(model: torch.nn.Module) -> torch.nn.Module:
-    return model.module if hasattr(model, "module") else model
-
-
-def save_last(path: Path, learner: Learner, meta: dict, progress: Progress, epoch: int, metrics: dict[str, float]) -> None:
+def save_last(
+    path: Path, learner: Learner, meta: dict, progress: Progress, epoch: int, metrics: dict[str, float]
+) -> None:
     """Write everything that ``--resume`` needs to go on exactly, after ``epoch`` was completed."""
     train = {
-        "model": _whole_model(learner.model).state_dict(),
+        "model": unwrap(learner.model).state_dict(),
         "optimizer": learner.optimizer.state_dict(),
         "scaler": learner.scaler.state_dict(),
         "ema_updates": learner.ema.updates,
-        "last_step": learner.last_step,
         "best_fitness": progress.best_fitness,
         "stopper": progress.stopper.state_dict(),
         "class_maps": list(progress.class_maps),
@@ -81,16 +84,14 @@ def restore(path: str | Path, learner: Learner, progress: Progress) -> None:
     if not state:
         raise CheckpointError(f"{path}: holds weights only, nothing to resume; start anew with --weights {path}")
     try:
-        _whole_model(learner.model).load_state_dict(state["model"])
+        unwrap(learner.model).load_state_dict(state["model"])
         if learner.ema is not None:
-            learner.ema.model.load_state_dict(checkpoint.model)
-            learner.ema.updates = state["ema_updates"]
-        learner.optimizer.load_state_dict(state["optimizer"])
+            learner.ema.load(checkpoint.model, state["ema_updates"])
+        restore_optimizer(learner.optimizer, state["optimizer"], str(path))
         learner.scaler.load_state_dict(state["scaler"])
     except (KeyError, RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"{path}: its training state does not fit this model ({reason})") from error
-    learner.last_step = state["last_step"]
     progress.start_epoch = state["epoch"] + 1
     progress.best_fitness = state["best_fitness"]
     progress.class_maps = list(state["class_maps"])

@@ -65,10 +65,14 @@ def _without_default(action: argparse.Action) -> argparse.Action:
 def add_run_flags(parser: argparse.ArgumentParser, project: str) -> None:
     """--project --name --exist-ok --device --debug, the same in every script."""
     group = parser.add_argument_group("run")
-    group.add_argument("--project", default=project, metavar="DIR", help="results go to PROJECT/NAME (default: %(default)s)")
+    group.add_argument(
+        "--project", default=project, metavar="DIR", help="results go to PROJECT/NAME (default: %(default)s)"
+    )
     group.add_argument("--name", default="exp", help="folder name; exp2, exp3, ... when taken (default: %(default)s)")
     group.add_argument("--exist-ok", action="store_true", help="write into PROJECT/NAME even when it exists")
-    group.add_argument("--device", default="", help="cpu, mps, 0, 0,1 under torchrun; default: the first GPU, else the CPU")
+    group.add_argument(
+        "--device", default="", help="cpu, mps, 0, 0,1 under torchrun; default: the first GPU, else the CPU"
+    )
     group.add_argument("--debug", action="store_true", help="show a traceback instead of a one-line error")
 
 

@@ -90,7 +90,9 @@ class Hyp:
         found = find_file(path, ("data/hyps", "data"))
         if found is None:
             known = sorted(p.name for p in (ROOT / "data/hyps").glob("*.yaml"))
-            raise ConfigError(f"--hyp {path}: no such file{did_you_mean(str(path), known)} (there are: {', '.join(known)})")
+            raise ConfigError(
+                f"--hyp {path}: no such file{did_you_mean(str(path), known)} (there are: {', '.join(known)})"
+            )
         data = load_yaml(found)
         return cls.from_dict(data), cls.missing_keys(data)
 
@@ -173,7 +175,9 @@ class DataConfig:
         found = find_file(path, ("data",))
         if found is None:
             known = sorted(p.name for p in (ROOT / "data").glob("*.yaml"))
-            raise DataError(f"--data {path}: no such file{did_you_mean(Path(path).name, known)} (there are: {', '.join(known)})")
+            raise DataError(
+                f"--data {path}: no such file{did_you_mean(Path(path).name, known)} (there are: {', '.join(known)})"
+            )
         data = load_yaml(found)
         for key in ("train", "val", "names"):
             if data.get(key) in (None, "", [], {}):
@@ -191,11 +195,15 @@ _DATA_KEYS = ("path", "train", "val", "test", "nc", "names", "download", "yaml_f
 
 def _dataset_key_hint(key: str, data: dict) -> str:
     near = did_you_mean(key, [k for k in data if k not in _DATA_KEYS])
-    return near.replace("did you mean", "is it the").replace("?", " line?") if near else {
-        "train": " (a folder of images, a .txt list, or a list of them)",
-        "val": " (a folder of images, a .txt list, or a list of them; it may be the same as train)",
-        "names": " (the class names, e.g. names: [cat, dog])",
-    }[key]
+    return (
+        near.replace("did you mean", "is it the").replace("?", " line?")
+        if near
+        else {
+            "train": " (a folder of images, a .txt list, or a list of them)",
+            "val": " (a folder of images, a .txt list, or a list of them; it may be the same as train)",
+            "names": " (the class names, e.g. names: [cat, dog])",
+        }[key]
+    )
 
 
 def _read_names(data: YamlFile) -> tuple[dict[int, str], list[str]]:
@@ -210,13 +218,17 @@ def _read_names(data: YamlFile) -> tuple[dict[int, str], list[str]]:
         if isinstance(key, bool) or not isinstance(key, int):
             raise DataError(f"{data.where('names', key)}: names: keys must be whole numbers, found {key!r}")
     if sorted(raw) != list(range(len(raw))):
-        raise DataError(f"{data.where('names')}: names: numbers must run from 0 to {len(raw) - 1} without gaps, found {sorted(raw)}")
+        raise DataError(
+            f"{data.where('names')}: names: numbers must run from 0 to {len(raw) - 1} without gaps, found {sorted(raw)}"
+        )
     names = {key: " ".join(str(raw[key]).split()) for key in sorted(raw)}
     repeated = sorted({name for name in names.values() if list(names.values()).count(name) > 1})
     if repeated:
         notes.append(f"{data.where('names')}: the same class name is used twice: {', '.join(repeated)}")
     if "nc" in data and data["nc"] != len(names):
-        raise DataError(f"{data.where('nc')}: nc: {data['nc']} does not agree with the {len(names)} names; correct one of them (nc may be left out)")
+        raise DataError(
+            f"{data.where('nc')}: nc: {data['nc']} does not agree with the {len(names)} names; correct one of them (nc may be left out)"
+        )
     return names, notes
 
 
@@ -226,7 +238,11 @@ def _dataset_root(data: YamlFile) -> Path:
     if given in (None, ""):
         return folder
     path = Path(str(given)).expanduser()
-    tried = [path] if path.is_absolute() else [folder / path, ROOT / path, ROOT.parent / "datasets" / path.name, Path.cwd() / path]
+    tried = (
+        [path]
+        if path.is_absolute()
+        else [folder / path, ROOT / path, ROOT.parent / "datasets" / path.name, Path.cwd() / path]
+    )
     for candidate in tried:
         if candidate.is_dir():
             return candidate.resolve()
@@ -261,7 +277,9 @@ def _resolve_split(data: YamlFile, key: str, root: Path) -> tuple[Path, ...]:
         else:
             if key == "test":  # optional: complain when it is used
                 return ()
-            raise DataError(f"{data.where(key, index)}: {key}: {tried[0]}: no such folder or file{_download_hint(data)}")
+            raise DataError(
+                f"{data.where(key, index)}: {key}: {tried[0]}: no such folder or file{_download_hint(data)}"
+            )
     return tuple(found)
 
 
@@ -310,7 +328,10 @@ class TrainConfig:
     def __post_init__(self) -> None:
         checks = [
             (self.epochs >= 1, f"--epochs {self.epochs}: at least 1"),
-            (self.batch_size >= 1 or self.batch_size == -1, f"--batch-size {self.batch_size}: at least 1, or -1 for automatic"),
+            (
+                self.batch_size >= 1 or self.batch_size == -1,
+                f"--batch-size {self.batch_size}: at least 1, or -1 for automatic",
+            ),
             (self.imgsz >= 32, f"--imgsz {self.imgsz}: at least 32 pixels"),
             (self.workers >= 0, f"--workers {self.workers}: 0 or more"),
             (self.patience >= 0, f"--patience {self.patience}: 0 (never stop early) or more"),
@@ -319,8 +340,14 @@ class TrainConfig:
             (self.close_mosaic >= 0, f"--close-mosaic {self.close_mosaic}: 0 or more epochs"),
             (self.clip_grad >= 0, f"--clip-grad {self.clip_grad}: 0 (off) or more"),
             (all(f >= 0 for f in self.freeze), f"--freeze {self.freeze}: layer numbers are 0 or more"),
-            (bool(self.name) and self.name not in (".", "..") and "/" not in self.name, f"--name {self.name!r}: a plain folder name"),
-            (not (self.rect and self.image_weights), "--rect and --image-weights exclude each other: rectangular batches have a fixed order"),
+            (
+                bool(self.name) and self.name not in (".", "..") and "/" not in self.name,
+                f"--name {self.name!r}: a plain folder name",
+            ),
+            (
+                not (self.rect and self.image_weights),
+                "--rect and --image-weights exclude each other: rectangular batches have a fixed order",
+            ),
         ]
         for fine, message in checks:
             if not fine:

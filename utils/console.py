@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -46,24 +47,40 @@ def colour(text: str, *styles: str) -> str:
 
 
 def progress(iterable: Iterable, total: int | None = None, desc: str = "", enabled: bool = True, **kwargs: Any) -> Any:
-    """A tqdm bar over ``iterable`` with the count, rate and time left; without a terminal it prints one line at the
-    end instead of thousands. ``enabled=False`` (other ranks) shows nothing. The result has ``set_description`` and
-    ``close`` like any tqdm bar."""
+    """A tqdm bar over ``iterable`` with the count, rate and time left; where no person is looking (a file, a pipe)
+    one line at the end instead. ``enabled=False`` (other ranks) shows nothing. The result is iterable and has
+    ``set_description(text, refresh)`` and ``close()``."""
+    if enabled and not sys.stdout.isatty():
+        return _LastLine(iterable, total, desc)
     from tqdm import tqdm
 
     bar = "{l_bar}{bar:10}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
-    interval = 0.1 if sys.stderr.isatty() else 30.0
-    return tqdm(
-        iterable,
-        total=total,
-        desc=desc,
-        disable=not enabled,
-        bar_format=bar,
-        mininterval=interval,
-        maxinterval=max(interval, 10.0),
-        file=sys.stdout,
-        **kwargs,
-    )
+    return tqdm(iterable, total=total, desc=desc, disable=not enabled, bar_format=bar, file=sys.stdout, **kwargs)
+
+
+class _LastLine:
+    """What :func:`progress` gives when stdout is no terminal: counts, and writes its description once, at the end."""
+
+    def __init__(self, iterable: Iterable, total: int | None, desc: str) -> None:
+        self._iterable, self._desc, self._count = iterable, desc, 0
+        self._total = total if total is not None or not hasattr(iterable, "__len__") else len(iterable)
+        self._start, self._open = time.perf_counter(), True
+
+    def __iter__(self) -> Iterator:
+        for item in self._iterable:
+            yield item
+            self._count += 1
+        self.close()
+
+    def set_description(self, text: str, refresh: bool = True) -> None:
+        self._desc = text
+
+    def close(self) -> None:
+        if self._open:
+            seconds = time.perf_counter() - self._start
+            total = "" if self._total is None else f"/{self._total}"
+            print(f"{self._desc}: {self._count}{total} [{seconds:.1f}s]", flush=True)
+        self._open = False
 
 
 def plural(count: int, noun: str, plural_form: str | None = None) -> str:

@@ -33,7 +33,9 @@ def select_device(request: str = "", local_rank: int = 0) -> torch.device:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     missing = [n for n in numbers if int(n) >= count]
     if missing:
-        raise ConfigError(f"--device {request}: there are {count} CUDA devices here; use --device cpu or a number below")
+        raise ConfigError(
+            f"--device {request}: there are {count} CUDA devices here; use --device cpu or a number below"
+        )
     if len(numbers) > 1 and "LOCAL_RANK" not in os.environ:
         raise ConfigError(
             f"--device {request}: several GPUs need one process each: "

@@ -1,0 +1,193 @@
+"""The parts of a training, each built from named settings: data sets, model, loaders, learner."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import nn
+
+from engine.epoch import Learner
+from models.load import build_or_load
+from models.surgery import freeze
+from models.yolo import DetectionModel
+from utils.autoanchor import check_anchors
+from utils.autobatch import auto_batch
+from utils.config import DataConfig, Hyp, TrainConfig
+from utils.console import LOGGER
+from utils.dataloaders import DetectionLoader, create_dataloader
+from utils.dataset import DetectionDataset, class_weights, image_weights
+from utils.device import amp_dtype
+from utils.dist import World, broadcast, main_first
+from utils.ema import ModelEMA
+from utils.errors import ConfigError
+from utils.loss import DetectionLoss
+from utils.optim import build_optimizer, describe, scaled_weight_decay
+from utils.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Sizes that everything shares: network input, largest stride, images per step (all ranks) and per rank."""
+
+    imgsz: int
+    stride: int
+    batch: int
+    rank_batch: int
+
+
+def build_model(cfg: TrainConfig, hyp: Hyp, data: DataConfig, device: torch.device) -> DetectionModel:
+    """The model on the device, with the data's names; says what came from the weights and what is frozen."""
+    weights = cfg.resume or cfg.weights
+    description = None if cfg.resume else cfg.cfg
+    model, report = build_or_load(description, weights, data.nc, None if cfg.resume else hyp.anchors, data.names)
+    LOGGER.info(report.text())
+    frozen = freeze(model, cfg.freeze_layers)
+    if frozen:
+        LOGGER.info(f"freezing {len(frozen)} parameters of layers {', '.join(map(str, cfg.freeze_layers))}")
+    model = model.to(device)
+    if device.type == "cuda":
+        model = model.to(memory_format=torch.channels_last)  # cuDNN's fast order
+    return model
+
+
+def frame_for(cfg: TrainConfig, model: DetectionModel, world: World) -> Frame:
+    """Round the image size up to the stride, as users expect, and share the batch out over the ranks."""
+    stride = max(int(model.stride.max()), 32)
+    imgsz = max(math.ceil(cfg.imgsz / stride) * stride, 2 * stride)
+    if imgsz != cfg.imgsz:
+        LOGGER.warning(f"--imgsz {cfg.imgsz} must be a multiple of {stride} and at least {2 * stride}, using {imgsz}")
+    if cfg.batch_size == -1:
+        if world.size > 1:
+            raise ConfigError("--batch-size -1 works on one GPU; with torchrun give the total batch")
+        return Frame(imgsz, stride, -1, -1)
+    if cfg.batch_size % world.size:
+        raise ConfigError(f"--batch-size {cfg.batch_size} must be a multiple of the {world.size} processes")
+    return Frame(imgsz, stride, cfg.batch_size, cfg.batch_size // world.size)
+
+
+def with_auto_batch(frame: Frame, model: DetectionModel, cfg: TrainConfig, device: torch.device) -> Frame:
+    """Find the largest batch for ``--batch-size -1``; weights, statistics and gradients are as before afterwards."""
+    if frame.batch != -1:
+        return frame
+    dtype = amp_dtype(cfg.amp, device)
+    before = {k: v.clone() for k, v in model.state_dict().items()} if device.type == "cuda" else {}
+
+    def step(batch: int) -> None:
+        images = torch.rand(batch, 3, frame.imgsz, frame.imgsz, device=device)
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            sum(level.float().mean() for level in model.train()(images)).backward()
+        model.zero_grad(set_to_none=True)
+
+    choice = auto_batch(step, device)
+    if before:
+        model.load_state_dict(before)
+    LOGGER.info(choice.text)
+    return replace(frame, batch=choice.batch, rank_batch=choice.batch)
+
+
+def build_datasets(
+    cfg: TrainConfig, hyp: Hyp, data: DataConfig, frame: Frame, world: World
+) -> tuple[DetectionDataset, DetectionDataset]:
+    """Scan the training and validation images. Rank 0 goes first, the others find its caches."""
+    shared = dict(single_cls=cfg.single_cls, nc=data.nc, names=data.names, strict=cfg.strict_data, seed=cfg.seed)
+    with main_first(world):
+        train = DetectionDataset(
+            data.train,
+            frame.imgsz,
+            hyp=hyp,
+            augment=True,
+            rect=cfg.rect,
+            batch_size=frame.rank_batch,
+            stride=frame.stride,
+            cache="" if cfg.cache == "val" else cfg.cache,
+            prefix="train",
+            close_mosaic_epoch=cfg.epochs - cfg.close_mosaic if cfg.close_mosaic else None,
+            show=world.main,
+            **shared,
+        )
+        val = DetectionDataset(
+            data.val,
+            frame.imgsz,
+            rect=True,
+            batch_size=min(frame.rank_batch * 2, max(len(train), 1)),
+            stride=frame.stride,
+            pad=0.5,
+            cache="ram" if cfg.cache == "val" else cfg.cache,
+            prefix="val",
+            show=world.main,
+            **shared,
+        )
+    return train, val
+
+
+def build_loaders(
+    cfg: TrainConfig, train: DetectionDataset, val: DetectionDataset, frame: Frame, world: World
+) -> tuple[DetectionLoader, DetectionLoader]:
+    """The training loader of this rank and the validation loader (used by rank 0)."""
+    shared = dict(workers=cfg.workers, seed=cfg.seed)
+    loader = create_dataloader(
+        train, frame.rank_batch, shuffle=not cfg.rect, world=(world.rank, world.size), quad=cfg.quad, **shared
+    )
+    if len(loader) == 0:
+        raise ConfigError(f"--quad needs at least 4 images a batch and in the set; there are {len(train)} images")
+    return loader, create_dataloader(val, val.batch_size, **shared)
+
+
+def fit_anchors(model: DetectionModel, train: DetectionDataset, hyp: Hyp, frame: Frame, cfg: TrainConfig) -> None:
+    """Replace the model's anchors when they fit the labels badly (unless --noautoanchor), in place."""
+    boxes = np.repeat(train.shapes, np.diff(train.offsets), axis=0)  # (rows, 2) width, height of each label's image
+    sizes = train.labels[:, 3:5] * boxes * (frame.imgsz / boxes.max(1, keepdims=True))
+    strides = model.stride.cpu().numpy()
+    anchors = model.detect.anchors.cpu().numpy() * strides[:, None, None]
+    report = check_anchors(sizes, anchors, strides, hyp.anchor_t, frame.imgsz, np.random.default_rng(cfg.seed))
+    LOGGER.info(report.text)
+    if report.changed:
+        model.detect.set_anchors(report.anchors, strides)
+        model.yaml["anchors"] = report.anchors.reshape(len(strides), -1).round(2).tolist()
+
+
+def share_anchors(model: DetectionModel, world: World) -> None:
+    """Rank 0's anchors in every rank."""
+    model.detect.anchors.copy_(broadcast(model.detect.anchors.cpu(), world))
+
+
+def build_learner(
+    model: DetectionModel, cfg: TrainConfig, hyp: Hyp, frame: Frame, batches: int, device: torch.device, world: World
+) -> Learner:
+    """Loss, optimizer, schedule, scaler, EMA and, over several processes, DDP around ``model``."""
+    dtype = amp_dtype(cfg.amp, device)
+    gains = hyp.scaled(model.detect.nl, model.nc, frame.imgsz)
+    criterion = DetectionLoss(model.detect.anchors, model.stride, model.nc, gains).to(device)
+    decay = scaled_weight_decay(hyp.weight_decay, frame.batch)
+    optimizer = build_optimizer(model, cfg.optimizer, hyp.lr0, hyp.momentum, decay, cfg.dcn_offset_lr)
+    LOGGER.info(f"optimizer: {describe(optimizer)}")
+    ema = ModelEMA(model) if world.main else None
+    wrapped: nn.Module = model
+    if world.size > 1:
+        if cfg.sync_bn and device.type == "cuda":
+            wrapped = nn.SyncBatchNorm.convert_sync_batchnorm(wrapped)
+        ids = [device.index] if device.type == "cuda" else None
+        wrapped = nn.parallel.DistributedDataParallel(wrapped, device_ids=ids, static_graph=True)
+    return Learner(
+        model=wrapped,
+        criterion=criterion,
+        optimizer=optimizer,
+        schedule=Schedule(hyp, cfg.epochs, batches, frame.batch, cfg.cos_lr),
+        scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
+        ema=ema,
+        device=device,
+        world=world,
+        amp_dtype=dtype,
+        clip_grad=cfg.clip_grad,
+        loss_gain=4.0 if cfg.quad else 1.0,
+    )
+
+
+def draw_weights(train: DetectionDataset, class_maps: list[float], nc: int) -> np.ndarray:
+    """(n,) weight of each image for ``--image-weights``: more where its classes are rare or still badly found."""
+    maps = np.asarray(class_maps or [0.0] * nc)
+    weights = class_weights(train.labels[:, 0], nc) * nc * (1 - maps) ** 2 / nc
+    return image_weights(train.labels[:, 0], train.offsets, weights)

@@ -1,0 +1,278 @@
+"""A whole training, top to bottom. What each step does is in the file it is imported from."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+
+from engine.epoch import EpochResult, Learner, MultiScale, log_header, train_one_epoch
+from engine.eval_outputs import BatchPictures, save_curves
+from engine.evaluator import evaluate
+from engine.parts import (
+    build_datasets,
+    build_learner,
+    build_loaders,
+    build_model,
+    draw_weights,
+    fit_anchors,
+    frame_for,
+    share_anchors,
+    with_auto_batch,
+)
+from engine.state import Progress, describe_run, restore, save_best, save_last
+from models.load import load_model
+from models.summary import summarize
+from models.yolo import DetectionModel
+from utils.config import DataConfig, Hyp, TrainConfig
+from utils.console import LOGGER, setup_console
+from utils.curves import plot_labels, plot_results
+from utils.dataloaders import DetectionLoader
+from utils.dcn_watch import DcnWatch
+from utils.device import describe_device, seed_everything, select_device
+from utils.dist import World, broadcast, close_distributed, init_distributed
+from utils.early_stopping import EarlyStopping
+from utils.ema import unwrap
+from utils.errors import ConfigError
+from utils.files import atomic_write, dump_yaml, new_run_dir
+from utils.loggers import COLUMNS, RunLogger, read_results
+from utils.metrics import TABLE_HEADER, Metrics
+from utils.plots import plot_batch
+
+
+def train(cfg: TrainConfig, hyp: Hyp, data: DataConfig, notes: Sequence[str] = ()) -> Path:
+    """Train by these settings and return the run's folder. ``notes``: lines to print first.
+
+    Everything that can be wrong with the input is found before the folder is made. Raises UserError for what the
+    user can mend, KeyboardInterrupt on Ctrl-C (the checkpoints of completed epochs are whole).
+    """
+    world = init_distributed(cuda=torch.cuda.is_available() and cfg.device != "cpu")
+    setup_console(world.main)
+    device = select_device(cfg.device, world.local_rank)
+    _check_together(cfg, world)
+    _announce(cfg, hyp, device, notes)
+    seed_everything(cfg.seed + 1 + world.rank, cfg.deterministic)
+    if cfg.label_smoothing:
+        hyp = replace(hyp, label_smoothing=cfg.label_smoothing)
+
+    model = build_model(cfg, hyp, data, device)
+    frame = with_auto_batch(frame_for(cfg, model, world), model, cfg, device)
+    train_set, val_set = build_datasets(cfg, hyp, data, frame, world)
+    loader, val_loader = build_loaders(cfg, train_set, val_set, frame, world)
+    if not (cfg.noautoanchor or cfg.resume):
+        if world.main:
+            fit_anchors(model, train_set, hyp, frame, cfg)
+        share_anchors(model, world)
+    LOGGER.info(summarize(model, frame.imgsz).totals())
+    learner = build_learner(model, cfg, hyp, frame, len(loader), device, world)
+    progress = Progress(EarlyStopping(cfg.patience))
+    if cfg.resume:
+        restore(cfg.resume, learner, progress)
+        _check_unfinished(cfg, progress)
+
+    run_dir = Path(broadcast(str(_open_run_dir(cfg, hyp, world)), world))
+    run = Run(cfg, hyp, data, run_dir, learner, loader, val_loader, progress, world)
+    multi_scale = MultiScale(frame.imgsz, frame.stride, cfg.seed) if cfg.multi_scale else None
+    LOGGER.info(
+        f"Image sizes {frame.imgsz} train, {frame.imgsz} val\nUsing {loader.num_workers} dataloader workers\n"
+        f"Logging results to {run_dir}\nStarting training for {cfg.epochs} epochs..."
+    )
+    fit(run, multi_scale)
+    close_distributed(world)
+    return run_dir
+
+
+@dataclass
+class Run:
+    """A training under way: its settings, its folder and its parts."""
+
+    cfg: TrainConfig
+    hyp: Hyp
+    data: DataConfig
+    dir: Path
+    learner: Learner
+    loader: DetectionLoader
+    val_loader: DetectionLoader
+    progress: Progress
+    world: World
+
+    @property
+    def model(self) -> DetectionModel:
+        """The model being trained, without wrappers."""
+        return unwrap(self.learner.model)
+
+    @property
+    def best(self) -> Path:
+        return self.dir / "weights" / "best.pt"
+
+    @property
+    def last(self) -> Path:
+        return self.dir / "weights" / "last.pt"
+
+
+def fit(run: Run, multi_scale: MultiScale | None = None) -> None:
+    """All epochs: learn, validate, log, save; stop early when it no longer pays; then validate best.pt in full."""
+    cfg, world, progress = run.cfg, run.world, run.progress
+    logger = RunLogger(run.dir, progress.start_epoch) if world.main else None
+    watch = DcnWatch(run.model)
+    if world.main and not cfg.noplots:
+        _first_pictures(run, logger)
+    start, epoch = time.perf_counter(), progress.start_epoch
+    best_state: dict | None = None
+    for epoch in range(progress.start_epoch, cfg.epochs):
+        if cfg.image_weights:
+            run.loader.sampler.set_weights(draw_weights(run.loader.dataset, progress.class_maps, run.model.nc))
+        run.loader.set_epoch(epoch)
+        log_header()
+        with watch.sampling():
+            result = train_one_epoch(run.learner, run.loader, epoch, cfg.epochs, multi_scale)
+        stop = False
+        if world.main:
+            final = epoch + 1 == cfg.epochs
+            metrics = None
+            if final or not cfg.noval or progress.stopper.possible_stop:
+                metrics = validate(run)
+                progress.class_maps = metrics.maps(run.model.nc).tolist()
+                stop = progress.stopper.update(epoch, metrics.fitness)
+            _log_epoch(run, logger, watch, epoch, result, metrics)
+            best_state = _save(run, epoch, metrics, best_state, last_epoch=final or stop)
+        if broadcast(stop, world):
+            LOGGER.info(progress.stopper.message())
+            break
+    hours = (time.perf_counter() - start) / 3600
+    LOGGER.info(f"\n{epoch - progress.start_epoch + 1} epochs completed in {hours:.3f} hours.")
+    if world.main:
+        _finish(run, logger)
+
+
+def validate(run: Run) -> Metrics:
+    """Metrics and losses of the averaged weights on the validation split."""
+    learner = run.learner
+    metrics = evaluate(
+        learner.ema.model,
+        run.val_loader,
+        device=learner.device,
+        names=run.data.names,
+        single_cls=run.cfg.single_cls,
+        amp_dtype=learner.amp_dtype,
+        criterion=learner.criterion,
+    )
+    LOGGER.info(metrics.table(run.data.names, verbose=False))
+    return metrics
+
+
+def _check_together(cfg: TrainConfig, world: World) -> None:
+    if world.size > 1 and cfg.image_weights:
+        raise ConfigError("--image-weights works in one process: ranks would draw different images")
+    if cfg.noval and cfg.patience < cfg.epochs and cfg.patience:
+        LOGGER.warning(f"--noval: --patience {cfg.patience} has nothing to watch; training runs to the end")
+
+
+def _announce(cfg: TrainConfig, hyp: Hyp, device: torch.device, notes: Sequence[str]) -> None:
+    LOGGER.info("train: " + ", ".join(f"{k}={v}" for k, v in asdict(cfg).items()))
+    LOGGER.info(f"torch {torch.__version__}, {describe_device(device)}")
+    LOGGER.info("hyperparameters: " + ", ".join(f"{k}={v:g}" for k, v in hyp.to_dict().items()))
+    for note in notes:
+        LOGGER.warning(note)
+
+
+def _check_unfinished(cfg: TrainConfig, progress: Progress) -> None:
+    if progress.start_epoch >= cfg.epochs:
+        raise ConfigError(
+            f"--resume {cfg.resume}: its {progress.start_epoch} epochs are finished; "
+            f"give --epochs N with more to go on, or start anew with --weights {cfg.resume}"
+        )
+    LOGGER.info(f"Resuming {cfg.resume} at epoch {progress.start_epoch} of {cfg.epochs}")
+
+
+def _open_run_dir(cfg: TrainConfig, hyp: Hyp, world: World) -> Path | None:
+    """The run's folder with opt.yaml and hyp.yaml, which together repeat the run; None on the other ranks."""
+    if not world.main:
+        return None
+    if cfg.resume:
+        run_dir = Path(cfg.resume).resolve().parent.parent
+    else:
+        run_dir = new_run_dir(cfg.project, cfg.name, cfg.exist_ok)
+    (run_dir / "weights").mkdir(exist_ok=True)
+    options = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(cfg).items()}
+    atomic_write(run_dir / "opt.yaml", dump_yaml({**options, "resume": "", "save_dir": str(run_dir)}))
+    atomic_write(run_dir / "hyp.yaml", dump_yaml(hyp.to_dict()))
+    return run_dir
+
+
+def _first_pictures(run: Run, logger: RunLogger) -> None:
+    """labels.jpg and, for a new run, the first three training batches."""
+    dataset = run.loader.dataset
+    plot_labels(dataset.labels, run.data.names, run.dir / "labels.jpg")
+    if run.progress.start_epoch:
+        return
+    run.loader.set_epoch(0)
+    for index, batch in zip(range(3), run.loader):
+        picture = plot_batch(
+            batch.images, batch.targets, batch.paths, run.data.names, run.dir / f"train_batch{index}.jpg"
+        )
+        if picture is not None:
+            logger.image(f"train_batch{index}", picture)
+
+
+def _log_epoch(
+    run: Run, logger: RunLogger, watch: DcnWatch, epoch: int, result: EpochResult, metrics: Metrics | None
+) -> None:
+    numbers = metrics.row() if metrics else [0.0] * 7
+    rates = [result.lr[role] for role in ("bias", "weight", "norm")]
+    row = dict(zip(COLUMNS, [*result.losses.tolist(), *numbers, *rates]))
+    summary = watch.summary()
+    extra = {f"dcn/{layer}/{name}": value for layer, values in summary.items() for name, value in values.items()}
+    logger.epoch(epoch, row, {**extra, "speed/train_images_per_second": result.images_per_second})
+    for line in watch.warnings(summary, run.cfg.dcn_offset_lr):
+        LOGGER.warning(line)
+
+
+def _save(run: Run, epoch: int, metrics: Metrics | None, best_state: dict | None, last_epoch: bool) -> dict | None:
+    """Write last.pt, and best.pt when this epoch is the best so far; with --nosave only after the last epoch.
+
+    Returns the best averaged weights that are not on disk yet, if any.
+    """
+    cfg, progress = run.cfg, run.progress
+    meta = describe_run(run.model, cfg, run.hyp)
+    scores = {"mAP50": metrics.map50, "mAP50-95": metrics.map, "fitness": metrics.fitness} if metrics else {}
+    improved = metrics is not None and metrics.fitness >= progress.best_fitness
+    if improved:
+        progress.best_fitness = metrics.fitness
+        state = {k: v.clone() for k, v in run.learner.ema.model.state_dict().items()}
+        best_state = {"state": state, "meta": meta, "epoch": epoch, "metrics": scores}
+    if cfg.nosave and not last_epoch:
+        return best_state
+    if best_state:
+        save_best(run.best, **best_state)
+    save_last(run.last, run.learner, meta, progress, epoch, scores)
+    if cfg.save_period > 0 and epoch % cfg.save_period == 0:
+        save_best(run.last.with_name(f"epoch{epoch}.pt"), run.learner.ema.model.state_dict(), meta, epoch, scores)
+    return None
+
+
+def _finish(run: Run, logger: RunLogger) -> None:
+    """Validate best.pt as val.py would, draw the last pictures, say where everything is."""
+    if run.best.is_file():
+        LOGGER.info(f"\nValidating {run.best}...\n{TABLE_HEADER}")
+        observers = [] if run.cfg.noplots else [BatchPictures(run.dir, run.data.names)]
+        metrics = evaluate(
+            load_model(run.best, run.learner.device),
+            run.val_loader,
+            device=run.learner.device,
+            names=run.data.names,
+            single_cls=run.cfg.single_cls,
+            amp_dtype=run.learner.amp_dtype,
+            observers=observers,
+            show_progress=False,
+        )
+        LOGGER.info(metrics.table(run.data.names))
+        if not run.cfg.noplots:
+            save_curves(metrics, run.data.names, run.dir)
+    if not run.cfg.noplots:
+        plot_results(read_results(run.dir / "results.csv"), run.dir / "results.png")
+    logger.close()
+    LOGGER.info(f"Results saved to {run.dir}")

@@ -1,0 +1,165 @@
+"""Watch the offsets of deformable layers during training, and warn before a layer is lost.
+
+Offsets are unbounded, and a sample outside the image has value and gradients of exactly zero: nothing pulls it back.
+When all samples of a layer have left, its output is constant and everything before it stops learning. See
+docs/dcn.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+ESCAPED = 0.3
+"""Share of samples outside the image, beyond the share that padding alone puts there, that calls for a warning."""
+
+
+@dataclass(frozen=True)
+class _Geometry:
+    """Where a layer samples before any offset: input size, kernel, and the convolution's steps, as (y, x) pairs."""
+
+    size: tuple[int, int]
+    out: tuple[int, int]
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+
+    def positions(self, axis: int, like: Tensor) -> Tensor:
+        """(out, kernel) float32 coordinates along ``axis`` (0 y, 1 x) of each output's taps, in input pixels."""
+        start = torch.arange(self.out[axis], device=like.device) * self.stride[axis] - self.padding[axis]
+        taps = torch.arange(self.kernel[axis], device=like.device) * self.dilation[axis]
+        return (start[:, None] + taps).float()
+
+    def outside_at_rest(self) -> float:
+        """Share of samples outside the image while all offsets are zero: those in the padding."""
+        inside = 1.0
+        for axis in (0, 1):
+            places = self.positions(axis, torch.empty(0))
+            inside *= _inside(places, self.size[axis]).float().mean().item()
+        return 1 - inside
+
+
+class DcnWatch:
+    """Statistics of every layer of ``model`` that has a ``conv_offset_mask`` branch (models.common.DCN).
+
+    The branch is a convolution whose output (B, 3*K*G, H', W') holds (y, x) offsets in input pixels for K taps and G
+    groups, then K*G mask logits. Nothing is hooked outside :meth:`sampling`, so a step that is not sampled costs
+    nothing; a sampled one computes on the device and reads nothing back. offset_lr: named in the warnings.
+    """
+
+    def __init__(self, model: nn.Module, offset_lr: float = 0.1) -> None:
+        self.layers = {
+            name: module.conv_offset_mask
+            for name, module in model.named_modules()
+            if isinstance(getattr(module, "conv_offset_mask", None), nn.Module)
+        }
+        self.offset_lr = offset_lr
+        self._sums: dict[str, Tensor] = {}  # (5,) sums over samplings: mean |offset|, max, outside, mask, count
+        self._geometry: dict[str, _Geometry] = {}
+        self._warned: set[str] = set()
+
+    @contextmanager
+    def sampling(self, enabled: bool = True) -> Iterator[None]:
+        """Take statistics of the forward passes in this block: ``with watch.sampling(step % 100 == 0): model(x)``."""
+        handles = []
+        if enabled:
+            for name, branch in self.layers.items():
+                handles.append(branch.register_forward_hook(self._hook(name)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def summary(self) -> dict[str, dict[str, float]]:
+        """Means since the last call, per layer, read from the device in one go; layers not sampled are left out.
+
+        mean_offset, max_offset: length of the offsets, pixels of the layer's input. outside, outside_at_rest: shares
+        of samples outside the image now and with zero offsets. mean_mask: 0..1. height, width: of the layer's input.
+        """
+        if not self._sums:
+            return {}
+        rows = torch.stack(list(self._sums.values())).tolist()
+        result = {}
+        for name, (mean, largest, outside, mask, count) in zip(self._sums, rows, strict=True):
+            geometry = self._geometry[name]
+            result[name] = {
+                "mean_offset": mean / count,
+                "max_offset": largest,
+                "outside": outside / count,
+                "outside_at_rest": geometry.outside_at_rest(),
+                "mean_mask": mask / count,
+                "height": float(geometry.size[0]),
+                "width": float(geometry.size[1]),
+            }
+        self._sums.clear()
+        return result
+
+    def warnings(self, summary: dict[str, dict[str, float]]) -> list[str]:
+        """One line for each layer of :meth:`summary` that is escaping; no layer is reported twice."""
+        lines = []
+        for name, values in summary.items():
+            if name in self._warned or not _is_escaping(values):
+                continue
+            self._warned.add(name)
+            lines.append(
+                f"DCN layer {name}: {values['outside']:.0%} of its samples lie outside the image (mean |offset| "
+                f"{values['mean_offset']:.3g} px on a {values['width']:.0f}x{values['height']:.0f} map): it is "
+                f"escaping; lower --dcn-offset-lr (now {self.offset_lr:g}) or use --clip-grad"
+            )
+        return lines
+
+    def _hook(self, name: str):
+        @torch.no_grad()
+        def record(branch: nn.Conv2d, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            geometry = _geometry(branch, inputs[0], output)
+            row = _measure(output.detach(), geometry)
+            before = self._sums.get(name)
+            if before is not None:
+                row = torch.cat((before[:1] + row[:1], torch.max(before[1:2], row[1:2]), before[2:] + row[2:]))
+            self._sums[name] = row
+            self._geometry[name] = geometry  # of the newest pass: --multi-scale changes it
+
+        return record
+
+
+def _measure(output: Tensor, geometry: _Geometry) -> Tensor:
+    """(5,) float32: mean and largest offset length, share outside, mean mask, 1."""
+    batch, channels, height, width = output.shape
+    pairs, taps = channels // 3, math.prod(geometry.kernel)
+    offset = output[:, : 2 * pairs].float().view(batch, pairs // taps, *geometry.kernel, 2, height, width)
+    dy, dx = offset.unbind(4)  # (B, G, kh, kw, H', W')
+    length = torch.hypot(dy, dx)
+    y = geometry.positions(0, output).T[:, None, :, None] + dy  # kh along taps, H' along rows
+    x = geometry.positions(1, output).T[None, :, None, :] + dx
+    inside = _inside(y, geometry.size[0]) & _inside(x, geometry.size[1])
+    mask = output[:, 2 * pairs :].float().sigmoid()
+    one = torch.ones((), device=output.device)
+    return torch.stack((length.mean(), length.amax(), 1 - inside.float().mean(), mask.mean(), one))
+
+
+def _inside(places: Tensor, size: int) -> Tensor:
+    """Whether samples there can see the image at all: bilinear weights end one pixel outside. NaN is outside."""
+    return (places > -1) & (places < size)
+
+
+def _geometry(branch: nn.Conv2d, image: Tensor, output: Tensor) -> _Geometry:
+    pairs = (_pair(value) for value in (branch.kernel_size, branch.stride, branch.padding, branch.dilation))
+    return _Geometry(tuple(image.shape[2:]), tuple(output.shape[2:]), *pairs)
+
+
+def _pair(value: int | Sequence[int]) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else tuple(value)
+
+
+def _is_escaping(values: dict[str, float]) -> bool:
+    if not math.isfinite(values["mean_offset"]):
+        return True
+    far = values["mean_offset"] > values["height"] / 4
+    return far or values["outside"] - values["outside_at_rest"] > ESCAPED

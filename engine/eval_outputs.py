@@ -19,6 +19,7 @@ from utils.console import LOGGER
 from utils.files import atomic_write
 from utils.metrics import Metrics
 from utils.plots import plot_batch
+from utils.safe_names import UniqueNames
 
 if TYPE_CHECKING:
     from engine.evaluator import ImageResult
@@ -28,12 +29,14 @@ if TYPE_CHECKING:
 class LabelWriter:
     """Writes folder/STEM.txt: ``class cx cy w h [confidence]`` a line, in 0..1 of the original image.
 
-    An image without detections gets no file. ``files`` counts what was written.
+    An image without detections gets no file; a stem that comes again gets STEM-2.txt. ``files`` counts what was
+    written.
     """
 
     def __init__(self, folder: Path, with_confidence: bool) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.with_confidence, self.files = folder, with_confidence, 0
+        self._names = UniqueNames()
 
     def __call__(self, batch: Batch, detections: Sequence[Tensor], results: Sequence[ImageResult]) -> None:
         for result in results:
@@ -47,7 +50,7 @@ class LabelWriter:
             ):
                 values = [int(cls), *box, *([conf] if self.with_confidence else [])]
                 lines.append(" ".join(f"{value:g}" for value in values) + "\n")
-            atomic_write(self.folder / f"{Path(result.path).stem}.txt", "".join(lines))
+            atomic_write(self.folder / f"{self._names.take(Path(result.path).stem)}.txt", "".join(lines))
             self.files += 1
 
 

@@ -1,0 +1,132 @@
+"""val.py from the command line: files, numbers, and one clear line for each kind of wrong input."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+import val
+from utils.errors import CheckpointError, ConfigError, DataError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A folder with data.yaml (three images of 64 x 96, two classes) and model.pt (tiny, untrained, two classes)."""
+    from models.yolo import DetectionModel
+    from utils.checkpoint import save_checkpoint
+
+    folder = tmp_path_factory.mktemp("val")
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        (folder / "images" / split).mkdir(parents=True)
+        (folder / "labels" / split).mkdir(parents=True)
+        for i in range(3):
+            cv2.imwrite(str(folder / f"images/{split}/{i}.png"), rng.integers(0, 255, (64, 96, 3), np.uint8))
+            (folder / f"labels/{split}/{i}.txt").write_text(f"{i % 2} 0.5 0.5 0.3 0.4\n")
+    yaml = "train: images/train\nval: images/val\nnames: [cat, dog]\n"
+    (folder / "data.yaml").write_text(yaml)
+    (folder / "three.yaml").write_text(yaml.replace("[cat, dog]", "[cat, dog, cow]"))
+    model = DetectionModel("yolov5n.yaml", nc=2)
+    meta = {"yaml": model.yaml, "names": {0: "cat", 1: "dog"}, "nc": 2}
+    save_checkpoint(folder / "model.pt", model.state_dict(), meta)
+    return folder
+
+
+def flags(small, tmp_path, **changes):
+    values = {"weights": small / "model.pt", "data": small / "data.yaml", "img": 64, "workers": 0, "device": "cpu"}
+    values |= {"project": tmp_path} | changes
+    return [f"--{key}={value}" for key, value in values.items()]
+
+
+def test_a_whole_run(small, tmp_path, capsys):
+    argv = [*flags(small, tmp_path, batch=2), "--save-txt", "--save-conf", "--save-json", "--max-det=20"]
+    assert val.main(argv) == 0
+    out = capsys.readouterr().out
+    for text in ("mAP50-95", "all ", "cat ", "dog ", "COCO AP", "Speed: ", f"Results saved to {tmp_path / 'exp'}"):
+        assert text in out
+    written = {f.name for f in (tmp_path / "exp").iterdir()}
+    curves = {f"{name}_curve.png" for name in ("PR", "F1", "P", "R")} | {"confusion_matrix.png"}
+    pictures = {f"val_batch{i}_{kind}.jpg" for i in range(2) for kind in ("labels", "pred")}
+    assert written == curves | pictures | {"labels", "model_predictions.json"}
+    saved = json.loads((tmp_path / "exp" / "model_predictions.json").read_text())
+    lines = [line for f in (tmp_path / "exp" / "labels").iterdir() for line in f.read_text().splitlines()]
+    assert len(lines) == len(saved) > 0
+    assert all(len(line.split()) == 6 for line in lines)
+
+
+def test_run_from_python_gives_metrics_and_augment_works(small, tmp_path):
+    settings = {"data": small / "data.yaml", "project": tmp_path, "imgsz": 64, "device": "cpu", "noplots": True}
+    metrics = val.run(weights=small / "model.pt", augment=True, workers=0, **settings)
+    assert metrics.images == 3 and metrics.labels == 3 and "AP" in metrics.coco
+    with pytest.raises(ConfigError, match="did you mean 'imgsz'"):
+        val.run(imgszz=64)
+
+
+def test_speed_task_is_square_and_draws_nothing(small, tmp_path):
+    metrics = val.run(**dict(flag[2:].split("=") for flag in flags(small, tmp_path)), task="speed")
+    assert metrics.shape[2:] == (64, 64)
+    assert not list((tmp_path / "exp").iterdir())
+
+
+def test_study(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(val, "STUDY_SIZES", (64, 96))
+    assert val.main([*flags(small, tmp_path), "--task=study"]) == 0
+    rows = np.loadtxt(tmp_path / "exp" / "study_data_model.txt")
+    assert rows.shape == (2, 11) and rows[:, 0].tolist() == [64, 96]
+    assert (tmp_path / "exp" / "study.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"weights": "none.pt"}, CheckpointError, "--weights none.pt: no such file"),
+        ({"data": "none.yaml"}, DataError, "--data none.yaml: no such file"),
+        ({"task": "test"}, DataError, "has no 'test:' entry"),
+        ({"conf-thres": 1.5}, ConfigError, "--conf-thres 1.5"),
+        ({"iou-thres": 60}, ConfigError, "--iou-thres 60"),
+        ({"batch": 0}, ConfigError, "--batch-size 0"),
+        ({"img": 0}, ConfigError, "--imgsz 0"),
+        ({"device": "7"}, ConfigError, "--device 7"),
+        ({"task": "valid"}, ConfigError, "--task"),
+    ],
+)
+def test_wrong_input_is_one_line_and_leaves_no_folder(small, tmp_path, changes, error, message):
+    with pytest.raises(error, match=message) as caught:
+        val.main(flags(small, tmp_path, **changes))
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_number_of_classes(small, tmp_path):
+    argv = flags(small, tmp_path, data=small / "three.yaml")
+    with pytest.raises(ConfigError, match=r"model.pt has 2 classes \(cat, dog\) but .*three.yaml has 3"):
+        val.main(argv)
+    assert val.main([*argv, "--single-cls", "--noplots"]) == 0
+
+
+def test_empty_image_folder(small, tmp_path):
+    (tmp_path / "nothing").mkdir()
+    (tmp_path / "empty.yaml").write_text("train: nothing\nval: nothing\nnames: [cat, dog]\n")
+    with pytest.raises(DataError, match="nothing"):
+        val.main(flags(small, tmp_path / "runs", data=tmp_path / "empty.yaml"))
+
+
+def test_save_conf_alone_and_absent_flags():
+    with pytest.raises(ConfigError, match="add --save-txt"):
+        val.main(["--save-conf"])
+    with pytest.raises(ConfigError, match="--dnn: OpenCV"):
+        val.main(["--dnn"])
+
+
+def test_exit_status_of_the_script():
+    done = subprocess.run(
+        [sys.executable, "val.py", "--weights", "none.pt"], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: --weights none.pt") and done.stderr.count("\n") == 1

@@ -1,0 +1,307 @@
+"""Measure a trained detector: precision, recall, mAP and COCO AP on a labelled split.
+
+    python val.py --weights runs/train/exp/weights/best.pt --data bccd.yaml
+    python val.py --weights best.pt --data mine.yaml --task test --save-txt --save-json
+    python val.py --weights best.pt --data mine.yaml --task study         # accuracy and speed over image sizes
+
+Results go to runs/val/exp, exp2, ...: curves, confusion_matrix.png, pictures of the first batches.
+This file is the command line; the pass over the data is engine/evaluator.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from utils.cli import Parser, add_run_flags, image_size_flag, keywords_to_argv
+from utils.config import DataConfig
+from utils.errors import CheckpointError, ConfigError, did_you_mean, run_cli
+from utils.files import ROOT
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from engine.eval_outputs import CocoCollector
+    from utils.metrics import Metrics
+
+TASKS = ("train", "val", "test", "speed", "study")
+STUDY_SIZES = range(256, 1537, 128)
+
+
+def build_parser() -> Parser:
+    """The flags, in the groups that --help shows."""
+    parser = Parser(prog="val.py", description="Measure a detector on a labelled split.")
+    inputs = parser.add_argument_group("model and data")
+    weights = "checkpoint; several make an ensemble (default: yolov5s.pt)"
+    inputs.add_argument("--weights", nargs="+", default=["yolov5s.pt"], metavar="PT", help=weights)
+    inputs.add_argument("--data", default="data/coco128.yaml", help="dataset YAML (default: %(default)s)")
+    task = "split to measure; speed: times alone; study: val over image sizes 256 to 1536 (default: val)"
+    inputs.add_argument("--task", choices=TASKS, default="val", help=task)
+    image_size_flag(inputs)
+    inputs.add_argument("--batch-size", type=int, default=32, help="images a batch (default: %(default)s)")
+    inputs.add_argument("--workers", type=int, default=8, help="data loading processes, at most (default: %(default)s)")
+    inputs.add_argument("--single-cls", action="store_true", help="treat all classes as one")
+
+    detection = parser.add_argument_group("detection")
+    conf = "lowest confidence kept; more than 0.001 cuts the curves short (default: 0.001)"
+    detection.add_argument("--conf-thres", type=float, default=0.001, metavar="P", help=conf)
+    iou = "NMS removes boxes that overlap a better one by more (default: 0.6)"
+    detection.add_argument("--iou-thres", type=float, default=0.6, metavar="IOU", help=iou)
+    most = "at most so many detections an image (default: 300)"
+    detection.add_argument("--max-det", type=int, default=300, metavar="N", help=most)
+    augment = "look at flipped and scaled copies as well: slower, finds a little more"
+    detection.add_argument("--augment", action="store_true", help=augment)
+    detection.add_argument("--half", action="store_true", help="float16, on a GPU")
+
+    output = parser.add_argument_group("what to write")
+    output.add_argument("--verbose", action="store_true", help="one row a class even with 50 classes or more")
+    output.add_argument(
+        "--save-txt", action="store_true", help="labels/NAME.txt: class cx cy w h, in parts of the image"
+    )
+    hybrid = "labels join the detections before NMS and --save-txt: inflates every score"
+    output.add_argument("--save-hybrid", action="store_true", help=hybrid)
+    output.add_argument("--save-conf", action="store_true", help="confidence as a last column of --save-txt")
+    output.add_argument("--save-json", action="store_true", help="WEIGHTS_predictions.json in COCO's format")
+    output.add_argument("--noplots", action="store_true", help="draw no pictures")
+    add_run_flags(parser, "runs/val")
+    return parser
+
+
+def parse_args(argv: Sequence[str]) -> argparse.Namespace:
+    """Flags to a namespace, checked as far as that goes without the model. Raises ConfigError, CheckpointError."""
+    args = build_parser().parse_args(argv)
+    for flag, value, least in (
+        ("--batch-size", args.batch_size, 1),
+        ("--imgsz", args.imgsz, 32),
+        ("--workers", args.workers, 0),
+        ("--max-det", args.max_det, 1),
+    ):
+        if value < least:
+            raise ConfigError(f"{flag} {value}: must be at least {least}")
+    for flag, value in (("--conf-thres", args.conf_thres), ("--iou-thres", args.iou_thres)):
+        if not 0 <= value <= 1:
+            raise ConfigError(f"{flag} {value}: must lie between 0 and 1")
+    args.save_txt |= args.save_hybrid
+    if args.save_conf and not args.save_txt:
+        raise ConfigError("--save-conf: a column of the label files; add --save-txt")
+    if args.task == "speed":
+        args.conf_thres, args.iou_thres, args.half = 0.25, 0.45, True
+    for weights in args.weights:
+        check_weights(weights)
+    return args
+
+
+def check_weights(weights: str) -> None:
+    """Raise CheckpointError, saying how to get some, when the file does not exist. Nothing is downloaded."""
+    path = Path(weights)
+    if path.is_file():
+        return
+    trained = sorted((ROOT / "runs" / "train").glob("*/weights/best.pt"), key=lambda p: p.stat().st_mtime)
+    if trained:
+        how = f"the newest trained here is {trained[-1]}"
+    else:
+        how = "train some with train.py, or run `make demo`, which leaves runs/train/*/weights/best.pt"
+    siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    raise CheckpointError(f"--weights {weights}: no such file{did_you_mean(path.name, siblings)}; {how}")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Measure what the flags say and print the table. Returns 0; raises UserError for wrong input."""
+    measure(parse_args(argv))
+    return 0
+
+
+def run(**kwargs: Any) -> Metrics:
+    """The same from Python: ``run(weights="best.pt", data="bccd.yaml", imgsz=640)``, the flags in underscore form.
+
+    Returns the Metrics; with ``task="study"`` those of the last image size of the last weights file.
+    """
+    return measure(parse_args(keywords_to_argv(build_parser(), kwargs)))
+
+
+def measure(args: argparse.Namespace) -> Metrics:
+    """Carry out one task. Only from here on is anything heavy imported: --help and a wrong flag answer at once."""
+    data = DataConfig.load(args.data, args.single_cls)
+    data.split(args.task if args.task in ("train", "test") else "val")
+
+    from utils.console import LOGGER, setup_console
+    from utils.device import select_device
+    from utils.files import new_run_dir
+
+    setup_console()
+    device = select_device(args.device)
+    if args.half and device.type != "cuda":
+        if args.task != "speed":
+            LOGGER.warning(f"--half: float16 is for CUDA devices; running in float32 on {device.type}")
+        args.half = False
+    for note in data.notes:
+        LOGGER.warning(note)
+    if args.conf_thres > 0.001 and args.task != "speed":
+        LOGGER.warning(f"--conf-thres {args.conf_thres}: above 0.001 the curves end early and mAP is too low")
+    if args.save_hybrid:
+        LOGGER.warning("--save-hybrid: labels take part in NMS, so precision, recall and mAP are inflated")
+    models = [load(group, data, device, args.single_cls) for group in weight_groups(args)]
+    folder = new_run_dir(args.project, args.name, args.exist_ok)
+    if args.task == "study":
+        return study(args, data, models, device, folder)
+    return validate(args, data, models[0], device, folder)
+
+
+def weight_groups(args: argparse.Namespace) -> list[list[str]]:
+    """The files of each model: all together (an ensemble), or for a study one by one."""
+    return [[weights] for weights in args.weights] if args.task == "study" else [args.weights]
+
+
+def load(weights: list[str], data: DataConfig, device: torch.device, single_cls: bool) -> nn.Module:
+    """The model on its device. Raises ConfigError when its classes are not those of the data set."""
+    from models.load import load_model
+    from utils.console import LOGGER
+    from utils.device import describe_device
+
+    model = load_model(weights if len(weights) > 1 else weights[0], device, fuse=True)
+    names = dict(model.names)
+    LOGGER.info(f"{', '.join(weights)} on {describe_device(device)}")
+    if single_cls:
+        return model
+    if len(names) != data.nc:
+        raise ConfigError(
+            f"{weights[0]} has {len(names)} classes ({_some(names)}) but {data.source} has {data.nc} "
+            f"({_some(data.names)}): use the data set it was trained on, or --single-cls to ignore classes"
+        )
+    different = [f"{i}: {names.get(i)} / {name}" for i, name in data.names.items() if names.get(i) != name]
+    if different:
+        shown = ", ".join(different[:3])
+        LOGGER.warning(f"class names of the weights and of {data.source} differ ({shown}): numbers decide")
+    return model
+
+
+def _some(names: dict[int, str]) -> str:
+    return ", ".join(list(names.values())[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def validate(
+    args: argparse.Namespace, data: DataConfig, model: nn.Module, device: torch.device, folder: Path
+) -> Metrics:
+    """One pass over the split, the table, and the files in ``folder``."""
+    from engine.eval_outputs import BatchPictures, CocoCollector, LabelWriter, save_curves
+    from utils import coco
+    from utils.console import LOGGER, plural
+
+    labels = LabelWriter(folder / "labels", args.save_conf) if args.save_txt else None
+    categories = coco.category_ids(data.split(split_of(args)), data.nc)
+    collector = CocoCollector(data.names, categories)
+    speed_only = args.task == "speed"
+    pictures = None if speed_only or args.noplots else BatchPictures(folder, data.names)
+    observers = [labels, None if speed_only else collector, pictures]
+    metrics = one_pass(args, data, model, device, [observer for observer in observers if observer])
+
+    LOGGER.info(metrics.table(data.names, args.verbose or data.nc < 50))
+    if args.save_json or (categories == coco.COCO_CATEGORY_IDS and not speed_only):
+        collector.save(folder / f"{Path(args.weights[0]).stem}_predictions.json")
+    if metrics.labels and not speed_only:
+        stats = coco_stats(collector, data, categories == coco.COCO_CATEGORY_IDS)
+        metrics = dataclasses.replace(metrics, coco=stats)
+    if pictures:
+        save_curves(metrics, data.names, folder)
+    LOGGER.info(metrics.speed_line())
+    LOGGER.info(f"Results saved to {folder}")
+    if labels:
+        LOGGER.info(f"{plural(labels.files, 'label')} saved to {labels.folder}")
+    return metrics
+
+
+def split_of(args: argparse.Namespace) -> str:
+    """The split that a task reads."""
+    return args.task if args.task in ("train", "test") else "val"
+
+
+def coco_stats(collector: CocoCollector, data: DataConfig, is_coco: bool) -> dict[str, float]:
+    """COCO's own numbers, printed in one line: against COCO's annotation file where it is, else against the labels."""
+    from utils.console import LOGGER
+
+    name = "annotations/instances_val2017.json"
+    places = [data.root / name, ROOT.parent / "datasets/coco" / name] if is_coco else []
+    annotations = next((place for place in places if place.is_file()), None)
+    stats = collector.stats(annotations)
+    shown = ", ".join(f"{key} {stats[key]:.3f}" for key in ("AP50", "AP75", "AP_small", "AP_medium", "AP_large"))
+    against = annotations or "the labels"
+    LOGGER.info(f"COCO AP {stats['AP']:.3f} ({shown}; pycocotools' definition, against {against})")
+    return stats
+
+
+def one_pass(
+    args: argparse.Namespace, data: DataConfig, model: nn.Module, device: torch.device, observers: Sequence[Any] = ()
+) -> Metrics:
+    """Make the loader for ``args.imgsz`` and evaluate."""
+    import torch
+
+    from engine.evaluator import evaluate
+    from models.tta import augmented_forward
+    from utils.console import LOGGER
+    from utils.dataloaders import create_dataloader
+    from utils.dataset import DetectionDataset
+
+    stride = int(max(model.stride))
+    imgsz = -(-args.imgsz // stride) * stride
+    if imgsz != args.imgsz:
+        LOGGER.warning(f"--imgsz {args.imgsz}: rounded up to {imgsz}, a multiple of the stride {stride}")
+    square = args.task == "speed"
+    dataset = DetectionDataset(
+        data.split(split_of(args)),
+        imgsz,
+        rect=not square,
+        batch_size=args.batch_size,
+        stride=stride,
+        pad=0.0 if square else 0.5,
+        single_cls=args.single_cls,
+        names=data.names,
+        prefix=split_of(args),
+    )
+    loader = create_dataloader(dataset, args.batch_size, workers=args.workers, persistent=False)
+    forward = (lambda images: (augmented_forward(model, images), None)) if args.augment else model
+    return evaluate(
+        forward,
+        loader,
+        device=device,
+        names=data.names,
+        conf_thres=args.conf_thres,
+        iou_thres=args.iou_thres,
+        max_det=args.max_det,
+        single_cls=args.single_cls,
+        amp_dtype=torch.float16 if args.half else None,
+        hybrid=args.save_hybrid,
+        observers=observers,
+    )
+
+
+def study(
+    args: argparse.Namespace, data: DataConfig, models: list[nn.Module], device: torch.device, folder: Path
+) -> Metrics:
+    """Each model over STUDY_SIZES: study_DATA_WEIGHTS.txt (a row a size) and study.png."""
+    from utils.console import LOGGER
+    from utils.curves import plot_study
+    from utils.files import atomic_write
+
+    curves: dict[str, list[list[float]]] = {}
+    for weights, model in zip(args.weights, models):
+        stem, lines = Path(weights).stem, []
+        for size in STUDY_SIZES:
+            metrics = one_pass(argparse.Namespace(**{**vars(args), "imgsz": size}), data, model, device)
+            speed = [metrics.speed.get(stage, 0.0) for stage in ("pre-process", "inference", "NMS")]
+            lines.append(" ".join(f"{value:10.4g}" for value in (size, *metrics.row(), *speed)) + "\n")
+            curves.setdefault(stem, []).append([size, metrics.map50, metrics.map, speed[1] + speed[2]])
+            LOGGER.info(metrics.table(data.names, verbose=False))
+        atomic_write(folder / f"study_{data.source.stem}_{stem}.txt", "".join(lines))
+    if not args.noplots:
+        plot_study(curves, folder / "study.png")
+    LOGGER.info(f"Results saved to {folder}")
+    return metrics
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(main))

@@ -116,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Only from here on is anything heavy imported: --help and a wrong flag answer at once.
     from engine.predictor import closing_lines, predict
     from engine.window import Window
-    from engine.writers import OutputOptions, ResultWriter
+    from engine.writers import ResultWriter
     from utils.console import LOGGER, plural, setup_console
     from utils.files import new_run_dir
     from utils.sources import open_source
@@ -126,23 +126,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     with open_source(args.source, args.vid_stride) as source:
         detector = open_detector(args)
         imgsz = detector.round_size(args.imgsz)
-        options = OutputOptions(
-            pictures=not args.nosave,
-            text=args.save_txt,
-            text_confidence=args.save_conf,
-            corners=args.save_format == 1,
-            table=args.save_csv,
-            crops=args.save_crop,
-            draw_labels=not args.hide_labels,
-            draw_confidence=not args.hide_conf,
-            thickness=args.line_thickness,
-        )
+        options = output_options(args)
         folder = Path(args.project) / args.name
-        if options.any_file or args.visualize:
+        saved = options.any_file or args.visualize
+        if saved:
             folder = new_run_dir(args.project, args.name, args.exist_ok)
         with ResultWriter(folder, options, detector.names) as writer:
             summary = predict(detector, source, writer, imgsz, window, folder if args.visualize else None)
-        closing_lines(summary, writer)
+        closing_lines(summary, writer, saved)
+    if window:
+        window.close()
     if args.update:
         strip(args.weights)
     if source.failed:
@@ -174,6 +167,23 @@ def open_detector(args: argparse.Namespace) -> Any:
     if list(imgsz) != [args.imgsz[0], args.imgsz[-1]]:
         LOGGER.warning(f"--imgsz is rounded up to {imgsz[0]} {imgsz[1]}, multiples of the stride {detector.stride}")
     return detector
+
+
+def output_options(args: argparse.Namespace) -> Any:
+    """What to write and how to draw it, an :class:`engine.writers.OutputOptions`."""
+    from engine.writers import OutputOptions
+
+    return OutputOptions(
+        pictures=not args.nosave,
+        text=args.save_txt,
+        text_confidence=args.save_conf,
+        corners=args.save_format == 1,
+        table=args.save_csv,
+        crops=args.save_crop,
+        draw_labels=not args.hide_labels,
+        draw_confidence=not args.hide_conf,
+        thickness=args.line_thickness,
+    )
 
 
 def names_from(data: str, nc: int) -> dict[int, str]:

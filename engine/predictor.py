@@ -101,11 +101,11 @@ def frame_line(
     return f"{where}: {shape[2]}x{shape[3]} {counts}, {milliseconds:.1f}ms"
 
 
-def closing_lines(summary: Summary, writer: ResultWriter) -> None:
-    """Say how fast it was and where the results are."""
+def closing_lines(summary: Summary, writer: ResultWriter, saved: bool) -> None:
+    """Say how fast it was and, when anything was ``saved``, where it is."""
     if summary.frames:
         LOGGER.info(speed_line(summary.speed, summary.shape))
-    if writer.options.any_file:
+    if saved:
         LOGGER.info(f"Results saved to {writer.folder}")
     if writer.options.text:
         LOGGER.info(f"{plural(writer.labels_written, 'label')} saved to {writer.folder / 'labels'}")

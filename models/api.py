@@ -61,7 +61,7 @@ class Detector:
             if number not in self.names:
                 raise ConfigError(f"--classes {number}: this model has classes 0 to {max(self.names)}")
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def __call__(self, images: ImageLike | Sequence[ImageLike] | Tensor, size: int | tuple[int, int] = 640) -> Any:
         """Detect in one image or a list: paths, PIL images, numpy arrays uint8 (H, W, 3) RGB or (H, W) grey.
 
@@ -89,7 +89,7 @@ class Detector:
         rounded = [-(-side // self.stride) * self.stride for side in sides]
         return rounded[0], rounded[-1]
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def detect(
         self, images: Sequence[np.ndarray], imgsz: tuple[int, int]
     ) -> tuple[list[Tensor], tuple[float, float, float], tuple[int, ...]]:
@@ -133,6 +133,7 @@ class Detector:
         sizes = [letterbox_fit(image.shape[:2], imgsz).size for image in images]
         return self.round_size((max(height for _, height in sizes), max(width for width, _ in sizes)))
 
+    @torch.no_grad()  # not inference_mode: its tensors refuse in-place changes by the user later on
     def forward(self, batch: Tensor) -> Tensor:
         """(B, 3, H, W) in 0..1 -> decoded predictions (B, N, 5+nc), float32."""
         with torch.autocast(self.device.type, enabled=self.amp):
@@ -143,8 +144,7 @@ class Detector:
     def warmup(self, imgsz: tuple[int, int]) -> None:
         """One forward of an empty image on a GPU, so that the first picture is not timed with the start-up."""
         if self.device.type == "cuda":
-            with torch.inference_mode():
-                self.forward(torch.zeros(1, 3, *imgsz, device=self.device, dtype=self.dtype))
+            self.forward(torch.zeros(1, 3, *imgsz, device=self.device, dtype=self.dtype))
 
     def _now(self) -> float:
         if self.device.type == "cuda":

@@ -60,8 +60,7 @@ class FileSource(Source):
                 index += self.vid_stride
                 yield Frame(image, path, Path(path).name, "video", item, len(self), index, total, fps)
             if index == 0:
-                raise SourceError(f"{path}: no frame could be decoded; the video is empty, damaged or in a format "
-                                  "that this OpenCV cannot read")  # fmt: skip
+                raise SourceError(f"{path}: no frame could be decoded; {_why_no_frame(path)}")
         finally:
             capture.release()
 
@@ -191,6 +190,12 @@ def _missing_or_damaged(path: str) -> str:
     if is_url(path):
         return "; check the address and the network"
     return " (damaged, or a format this OpenCV cannot read)" if Path(path).exists() else ": no such file"
+
+
+def _why_no_frame(path: str) -> str:
+    if is_url(path):
+        return "fetch the file and give its path (many servers do not let a player jump to the index at the end)"
+    return "the video is empty, damaged or in a format that this OpenCV cannot read"
 
 
 def _with_path(path: str, message: str) -> str:

@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 from models.api import Detector
+from models.yolo import DetectionModel
+from utils.checkpoint import save_checkpoint
 from utils.console import LOGGER
 
 NAMES = {0: "red", 1: "green", 2: "blue"}
@@ -63,6 +65,17 @@ def write_video(path: Path, frames: int = 5, height: int = 96, width: int = 128,
 def detector() -> Detector:
     """Finds BOXES in everything, on the CPU."""
     return Detector(FakeModel(BOXES), torch.device("cpu"))
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """yolov5n with three classes and random weights, as a checkpoint file."""
+    torch.manual_seed(0)
+    model = DetectionModel("yolov5n.yaml", nc=3)
+    path = tmp_path_factory.mktemp("weights") / "best.pt"
+    meta = {"yaml": model.yaml, "nc": 3, "names": NAMES, "imgsz": 128}
+    save_checkpoint(path, model.state_dict(), meta, train={"epoch": 3})
+    return path
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ from PIL import Image
 
 from models.api import Detector
 from models.results import Results
-from tests.inference.conftest import BOXES, FakeModel, picture, write_png
-from utils.errors import ConfigError, DataError, SourceError
+from tests.inference.conftest import BOXES, NAMES, FakeModel, picture, write_png
+from utils.errors import CheckpointError, ConfigError, DataError, SourceError
 from utils.files import ROOT
 from utils.images import read_image
 
@@ -110,6 +110,7 @@ def test_coordinates_in_four_forms(results: Results) -> None:
     assert np.allclose(results.xywh[0][0], [48, 32, 40, 20, 0.9, 1])
     assert np.allclose(results.xyxyn[0][0], [28 / 128, 22 / 96, 68 / 128, 42 / 96, 0.9, 1])
     assert np.allclose(results.xywhn[0][0], [48 / 128, 32 / 96, 40 / 128, 20 / 96, 0.9, 1])
+    results.xyxy[0][0, 0] += 1  # plain tensors, free to be changed
     assert results.n == 2 and results.s == (2, 3, 96, 128) and len(results.t) == 3
 
 
@@ -165,3 +166,14 @@ def test_crops(results: Results, tmp_path: Path) -> None:
 def test_importing_the_package_loads_no_torch() -> None:
     code = "import sys, models; assert 'torch' not in sys.modules, 'torch was loaded'; assert callable(models.load)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_load_stays_a_function_whatever_was_imported_before(checkpoint: Path) -> None:
+    from models import load
+    from models.load import load_model
+
+    assert callable(load_model)
+    detector = load(checkpoint, "cpu", conf=0.4)
+    assert detector.names == NAMES and detector.stride == 32 and detector.conf == 0.4
+    with pytest.raises(CheckpointError, match="gone.pt: no such file"):
+        load("gone.pt", "cpu")

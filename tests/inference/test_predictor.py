@@ -34,7 +34,7 @@ def go(detector: Detector, source: Source | str, folder: Path, imgsz: int = 128,
     folder.mkdir(exist_ok=True, parents=True)
     with ResultWriter(folder, OutputOptions(**options), detector.names) as writer:
         summary = predict(detector, source, writer, (imgsz, imgsz))
-    closing_lines(summary, writer)
+    closing_lines(summary, writer, writer.options.any_file)
     return summary
 
 

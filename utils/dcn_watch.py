@@ -49,28 +49,26 @@ class DcnWatch:
     """Statistics of every layer of ``model`` that has a ``conv_offset_mask`` branch (models.common.DCN).
 
     The branch is a convolution whose output (B, 3*K*G, H', W') holds (y, x) offsets in input pixels for K taps and G
-    groups, then K*G mask logits. Nothing is hooked outside :meth:`sampling`, so a step that is not sampled costs
-    nothing; a sampled one computes on the device and reads nothing back. offset_lr: named in the warnings.
+    groups, then K*G mask logits. Inside :meth:`sampling` every ``every``-th forward pass is measured, on the device
+    and without reading anything back; the others only count, and outside of it nothing is hooked.
     """
 
-    def __init__(self, model: nn.Module, offset_lr: float = 0.1) -> None:
+    def __init__(self, model: nn.Module, every: int = 50) -> None:
         self.layers = {
             name: module.conv_offset_mask
             for name, module in model.named_modules()
             if isinstance(getattr(module, "conv_offset_mask", None), nn.Module)
         }
-        self.offset_lr = offset_lr
+        self.every = every
+        self._passes = dict.fromkeys(self.layers, 0)
         self._sums: dict[str, Tensor] = {}  # (5,) sums over samplings: mean |offset|, max, outside, mask, count
         self._geometry: dict[str, _Geometry] = {}
         self._warned: set[str] = set()
 
     @contextmanager
-    def sampling(self, enabled: bool = True) -> Iterator[None]:
-        """Take statistics of the forward passes in this block: ``with watch.sampling(step % 100 == 0): model(x)``."""
-        handles = []
-        if enabled:
-            for name, branch in self.layers.items():
-                handles.append(branch.register_forward_hook(self._hook(name)))
+    def sampling(self) -> Iterator[None]:
+        """Measure forward passes of the model made in this block (an epoch, a step)."""
+        handles = [branch.register_forward_hook(self._hook(name)) for name, branch in self.layers.items()]
         try:
             yield
         finally:
@@ -101,8 +99,9 @@ class DcnWatch:
         self._sums.clear()
         return result
 
-    def warnings(self, summary: dict[str, dict[str, float]]) -> list[str]:
-        """One line for each layer of :meth:`summary` that is escaping; no layer is reported twice."""
+    def warnings(self, summary: dict[str, dict[str, float]], offset_lr: float = 0.1) -> list[str]:
+        """One line for each layer of :meth:`summary` that is escaping; no layer is reported twice. ``offset_lr``: the
+        run's --dcn-offset-lr, for the line."""
         lines = []
         for name, values in summary.items():
             if name in self._warned or not _is_escaping(values):
@@ -111,13 +110,16 @@ class DcnWatch:
             lines.append(
                 f"DCN layer {name}: {values['outside']:.0%} of its samples lie outside the image (mean |offset| "
                 f"{values['mean_offset']:.3g} px on a {values['width']:.0f}x{values['height']:.0f} map): it is "
-                f"escaping; lower --dcn-offset-lr (now {self.offset_lr:g}) or use --clip-grad"
+                f"escaping; lower --dcn-offset-lr (now {offset_lr:g}) or use --clip-grad"
             )
         return lines
 
     def _hook(self, name: str):
         @torch.no_grad()
         def record(branch: nn.Conv2d, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            self._passes[name] += 1
+            if (self._passes[name] - 1) % self.every:
+                return
             geometry = _geometry(branch, inputs[0], output)
             row = _measure(output.detach(), geometry)
             before = self._sums.get(name)

@@ -80,11 +80,11 @@ def test_an_escaping_layer_is_named_once() -> None:
     model = nn.Sequential(DCNConv(3, 4, 3, 2), DCN(4, 4, 3, 2))
     with torch.no_grad():
         model[1].conv_offset_mask.bias[:18] = 20.0
-    watch = DcnWatch(model, offset_lr=0.5)
+    watch = DcnWatch(model, every=1)
     assert list(watch.layers) == ["0.conv", "1"]
     with watch.sampling():
         model(torch.randn(1, 3, 32, 64))
-    lines = watch.warnings(watch.summary())
+    lines = watch.warnings(watch.summary(), offset_lr=0.5)
     assert lines == [
         "DCN layer 1: 100% of its samples lie outside the image (mean |offset| 28.3 px on a 32x16 map): it is "
         "escaping; lower --dcn-offset-lr (now 0.5) or use --clip-grad"
@@ -109,7 +109,7 @@ def test_nan_offsets_count_as_escaped() -> None:
 
 def test_means_over_several_samplings_and_a_fresh_start_after_reading() -> None:
     layer = filled(DCN(2, 2), 0.5)
-    watch = DcnWatch(nn.Sequential(layer))
+    watch = DcnWatch(nn.Sequential(layer), every=1)
     single = []
     images = [torch.randn(1, 2, 8, 8) for _ in range(2)]
     for image in images:
@@ -125,11 +125,21 @@ def test_means_over_several_samplings_and_a_fresh_start_after_reading() -> None:
     assert watch.summary() == {}
 
 
+def test_only_every_nth_pass_is_measured() -> None:
+    layer = DCN(2, 2)
+    watch = DcnWatch(nn.Sequential(layer), every=3)
+    with watch.sampling():
+        for step in range(7):
+            nn.init.constant_(layer.conv_offset_mask.bias, step)
+            layer(torch.zeros(1, 2, 8, 8))
+    summary = watch.summary()["0"]
+    assert summary["mean_offset"] == pytest.approx((0 + 3 + 6) / 3 * math.sqrt(2))
+    assert summary["max_offset"] == pytest.approx(6 * math.sqrt(2))
+
+
 def test_outside_of_sampling_nothing_is_hooked() -> None:
     layer = DCN(2, 2)
     watch = DcnWatch(nn.Sequential(layer))
-    with watch.sampling(enabled=False):
-        layer(torch.zeros(1, 2, 4, 4))
     with pytest.raises(RuntimeError, match="stop"), watch.sampling():
         raise RuntimeError("stop")
     layer(torch.zeros(1, 2, 4, 4))

@@ -104,7 +104,9 @@ def describe(optimizer: torch.optim.Optimizer) -> str:
     """``SGD(lr=0.01) with parameter groups 57 weight(decay=0.0), 60 weight(decay=0.0005), 60 bias``, and the DCN
     offset branches where there are any."""
     groups = {group["role"]: group for group in optimizer.param_groups}
-    parts = [f"{len(groups[r]['params'])} weight(decay={groups[r]['weight_decay']:.6g})" for r in ("norm", "weight")]
+    parts = [
+        f"{len(groups[r]['params'])} weight(decay={round(groups[r]['weight_decay'], 8)})" for r in ("norm", "weight")
+    ]
     parts.append(f"{len(groups['bias']['params'])} bias")
     offsets = [group for role, group in groups.items() if role.startswith("dcn")]
     if offsets:

@@ -170,6 +170,23 @@ def test_nothing_is_read_back_to_the_host() -> None:
         assert raw[0].grad.shape == raw[0].shape
 
 
+@pytest.mark.gpu
+def test_a_gpu_is_never_waited_for_and_gives_the_same_values() -> None:
+    targets = torch.cat([one_target(0.3 + 0.02 * i, 0.5, 0.1, 0.2, cls=i % 3) for i in range(20)])
+    expected = simple()(level_outputs(), targets)
+    criterion, targets = simple().cuda(), targets.cuda()
+    raw = [r.cuda().requires_grad_() for r in level_outputs()]
+    criterion(raw, targets).total.backward()  # whatever is set up at the first use
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        parts = criterion(raw, targets)
+        parts.total.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert parts.items.tolist() == pytest.approx(expected.items.tolist(), rel=1e-5)
+
+
 def test_levels_and_strides_must_agree() -> None:
     with pytest.raises(ValueError, match="3 levels of anchors but 2 strides"):
         DetectionLoss(ANCHORS, [8, 16], 3, Hyp())

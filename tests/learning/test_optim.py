@@ -78,7 +78,7 @@ def test_unknown_optimizer_is_one_line() -> None:
 def test_description_is_in_the_familiar_form() -> None:
     optimizer = build_optimizer(plain(), "SGD", 0.01, 0.9, 0.0005)
     assert describe(optimizer) == (
-        "SGD(lr=0.01) with parameter groups 1 weight(decay=0), 2 weight(decay=0.0005), 2 bias"
+        "SGD(lr=0.01) with parameter groups 1 weight(decay=0.0), 2 weight(decay=0.0005), 2 bias"
     )
     assert describe(build_optimizer(with_dcn(), "SGD", 0.01, 0.9, 0.0005)).endswith("2 DCN offset(lr x 0.1)")
 
@@ -123,3 +123,19 @@ def test_state_of_another_model_is_refused() -> None:
     state = build_optimizer(with_dcn(), "SGD", 0.01, 0.9, 0).state_dict()
     with pytest.raises(CheckpointError, match="last.pt: its optimizer state is of another model"):
         restore_optimizer(build_optimizer(plain(), "SGD", 0.01, 0.9, 0), state, "last.pt")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["SGD", "AdamW"])
+def test_a_run_moves_from_the_cpu_to_a_gpu_and_back(name: str) -> None:
+    x, model = torch.randn(2, 3, 6, 6), plain()
+    optimizer = build_optimizer(model, name, 0.01, 0.9, 0.0005)
+    train_a_step(model, optimizer, x)
+    for device in ("cuda", "cpu"):
+        state = deepcopy(optimizer.state_dict())
+        model = deepcopy(model).to(device)
+        optimizer = build_optimizer(model, name, 0.01, 0.9, 0.0005)
+        restore_optimizer(optimizer, state, "last.pt")
+        assert all(bool(g["fused"]) == (device == "cuda") for g in optimizer.param_groups)
+        train_a_step(model, optimizer, x.to(device))
+        assert all(torch.isfinite(p).all() for p in model.parameters())

@@ -12,8 +12,6 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from utils.config import Hyp
-
 GREY = 114
 """Value of the pixels that no image covers."""
 
@@ -124,15 +122,21 @@ class Perspective(NamedTuple):
         return translate @ shear @ rotate @ perspective @ centre
 
 
-def draw_perspective(rng: np.random.Generator, hyp: Hyp) -> Perspective:
-    """Draw rotation, scale, shear, shift and perspective within the gains of ``hyp``."""
-    p, t = hyp.perspective, hyp.translate
+def draw_perspective(
+    rng: np.random.Generator,
+    degrees: float = 0.0,
+    translate: float = 0.1,
+    scale: float = 0.5,
+    shear: float = 0.0,
+    perspective: float = 0.0,
+) -> Perspective:
+    """Draw one within these gains: angles in degrees, ``translate`` as a fraction of the frame."""
     return Perspective(
-        *rng.uniform(-p, p, 2),
-        rng.uniform(-hyp.degrees, hyp.degrees),
-        rng.uniform(1 - hyp.scale, 1 + hyp.scale),
-        *rng.uniform(-hyp.shear, hyp.shear, 2),
-        *rng.uniform(0.5 - t, 0.5 + t, 2),
+        *rng.uniform(-perspective, perspective, 2),
+        rng.uniform(-degrees, degrees),
+        rng.uniform(1 - scale, 1 + scale),
+        *rng.uniform(-shear, shear, 2),
+        *rng.uniform(0.5 - translate, 0.5 + translate, 2),
     )
 
 
@@ -222,9 +226,9 @@ def keep_boxes(before: np.ndarray, after: np.ndarray, min_area: float | np.ndarr
     return (w > 2) & (h > 2) & (w * h / (w0 * h0 + 1e-16) > min_area) & (aspect < 100)
 
 
-def draw_hsv(rng: np.random.Generator, hyp: Hyp) -> np.ndarray:
-    """(3,) factors of hue, saturation and value, around 1."""
-    return rng.uniform(-1, 1, 3) * (hyp.hsv_h, hyp.hsv_s, hyp.hsv_v) + 1
+def draw_hsv(rng: np.random.Generator, gains: tuple[float, float, float]) -> np.ndarray:
+    """(3,) factors of hue, saturation and value: 1 plus or minus each gain."""
+    return rng.uniform(-1, 1, 3) * gains + 1
 
 
 def apply_hsv(image: np.ndarray, factors: np.ndarray) -> np.ndarray:

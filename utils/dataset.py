@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 
 from utils.augmentations import (
     Letterbox,
+    Perspective,
     apply_hsv,
     draw_hsv,
     draw_perspective,
@@ -211,7 +212,7 @@ class DetectionDataset(Dataset):
         else:
             image, labels, box = self._warped(draw.index, rng)
         labels = to_unit(labels, image.shape)
-        image = apply_hsv(image, draw_hsv(rng, hyp))
+        image = apply_hsv(image, draw_hsv(rng, (hyp.hsv_h, hyp.hsv_s, hyp.hsv_v)))
         image, labels = flip(image, labels, rng.random() < hyp.flipud, rng.random() < hyp.fliplr)
         return Sample(np.ascontiguousarray(image), labels, self.path(draw.index), box, draw)
 
@@ -226,14 +227,18 @@ class DetectionDataset(Dataset):
             [self.index.segments(i) for i in chosen],
             self.imgsz,
             rng,
-            self.hyp,
-            draw_perspective(rng, self.hyp),
+            self._draw_perspective(rng),
+            self.hyp.copy_paste,
         )
+
+    def _draw_perspective(self, rng: np.random.Generator) -> Perspective:
+        hyp = self.hyp
+        return draw_perspective(rng, hyp.degrees, hyp.translate, hyp.scale, hyp.shear, hyp.perspective)
 
     def _warped(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, Letterbox | None]:
         image, box = self._boxed(index, scaleup=True)
         frame = image.shape[:2]
-        draw = draw_perspective(rng, self.hyp)
+        draw = self._draw_perspective(rng)
         matrix = draw.matrix(frame, frame)
         segments = self.index.segments(index)
         if segments is not None:
@@ -261,7 +266,8 @@ def to_unit(labels: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 def resized_shapes(sizes: np.ndarray, imgsz: int) -> np.ndarray:
     """(n, 2) widths and heights -> (n, 2) heights and widths with the longest side at ``imgsz``, rounded up."""
     ratio = imgsz / sizes.max(1, keepdims=True, initial=1)
-    return np.where(ratio == 1, sizes, np.ceil(sizes * ratio)).astype(np.int32)[:, ::-1]
+    # rounded first: 147 * (640 / 147) is a hair over 640 and must not become 641
+    return np.ceil(np.round(sizes * ratio, 6)).astype(np.int32)[:, ::-1]
 
 
 def rect_batches(

@@ -337,7 +337,7 @@ def _read_first(caches: list[Path], nc: int | None) -> tuple[dict[str, Entry], P
 
 def _read_cache(cache: Path, nc: int | None) -> dict[str, Entry]:
     """Entries by path that may be trusted: not those whose files changed just before the scan."""
-    with np.load(cache, allow_pickle=False) as file:
+    with open(cache, "rb") as raw, np.load(raw, allow_pickle=False) as file:
         arrays = {key: file[key] for key in file.files}
     meta = json.loads(arrays["meta"].tobytes())
     if meta["version"] != VERSION:

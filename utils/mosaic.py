@@ -14,7 +14,6 @@ import cv2
 import numpy as np
 
 from utils.augmentations import GREY, Perspective, copy_paste, is_affine, warp, warp_labels, warp_points
-from utils.config import Hyp
 
 
 class Tile(NamedTuple):
@@ -81,23 +80,24 @@ def mosaic(
     segments: Sequence[list[np.ndarray] | None],
     size: int,
     rng: np.random.Generator,
-    hyp: Hyp,
     draw: Perspective,
+    paste_share: float = 0.0,
 ) -> tuple[np.ndarray, np.ndarray]:
     """A training image out of four.
 
     ``load(k)`` gives image k (0..3) as (*shapes[k], 3) uint8 and is called for visible images only; ``labels`` and
-    ``segments`` as in :func:`mosaic_labels`; ``draw`` the geometric augmentation. Returns the image, (size, size, 4)
+    ``segments`` as in :func:`mosaic_labels`; ``draw`` the geometric augmentation; ``paste_share`` of the
+    polygons is pasted, mirrored, see :func:`copy_paste`. Returns the image, (size, size, 4)
     RGBA or (size, size, 3) RGB uint8, and labels (n, 5) class, x1, y1, x2, y2 in its pixels.
     """
     tiles = place_tiles(draw_centre(rng, size), shapes, size)
     boxes, polygons = mosaic_labels(tiles, shapes, labels, segments, size)
     matrix = draw.matrix((2 * size, 2 * size), (size, size))
-    pasting = bool(hyp.copy_paste and polygons)
+    pasting = bool(paste_share and polygons)
     if pasting or not is_affine(matrix):
         canvas = paste_tiles(load, tiles, size)
         if pasting:
-            canvas, boxes, polygons = copy_paste(canvas, boxes, polygons, hyp.copy_paste, rng)
+            canvas, boxes, polygons = copy_paste(canvas, boxes, polygons, paste_share, rng)
         image = warp(canvas, matrix, (size, size))
     else:
         image = warp_tiles(load, tiles, matrix, size)

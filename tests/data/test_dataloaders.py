@@ -1,0 +1,142 @@
+"""Batches, order and processes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+from utils.dataloaders import EpochSampler, collate_quad, create_dataloader
+from utils.dataset import DetectionDataset, Draw, Sample
+from utils.errors import DataError, ResourceError
+
+ROWS = "0 .5 .5 .4 .4\n1 .3 .3 .2 .2\n"
+
+
+@pytest.fixture
+def data(make_set: Callable) -> DetectionDataset:
+    return DetectionDataset(make_set({f"im{i}": ROWS for i in range(7)}), 64, augment=True, nc=2, show=False)
+
+
+def test_batches_have_the_agreed_form(data: DetectionDataset) -> None:
+    batches = list(create_dataloader(data, 4, workers=0))
+    assert [len(b.paths) for b in batches] == [4, 3]
+    first = batches[0]
+    assert first.images.shape == (4, 3, 64, 64) and first.images.dtype == torch.uint8
+    assert first.images.is_contiguous(memory_format=torch.channels_last)
+    assert first.targets.dtype == torch.float32 and first.targets.shape[1] == 6
+    assert first.letterboxes == [None] * 4
+    sample = data[Draw(0, 2)]
+    np.testing.assert_array_equal(first.images[2].permute(1, 2, 0).numpy(), sample.image)
+    np.testing.assert_array_equal(first.targets[first.targets[:, 0] == 2, 1:].numpy(), sample.labels)
+    assert first.to("cpu").images.data_ptr() == first.images.data_ptr()
+
+
+def test_batches_do_not_depend_on_the_number_of_processes(data: DetectionDataset) -> None:
+    runs = []
+    for workers in (0, 2):
+        loader = create_dataloader(data, 4, shuffle=True, workers=workers, seed=1)
+        run = []
+        for epoch in (0, 1, 4):
+            loader.set_epoch(epoch)
+            run += [(b.paths, b.images.clone(), b.targets.clone()) for b in loader]
+        runs.append(run)
+    for (paths, images, targets), (paths2, images2, targets2) in zip(*runs):
+        assert paths == paths2
+        assert torch.equal(images, images2) and torch.equal(targets, targets2)
+    assert runs[0][0][0] != runs[0][2][0]  # another order in the next epoch
+
+
+def test_loading_leaves_the_global_generator_alone(data: DetectionDataset) -> None:
+    before = torch.get_rng_state()
+    list(create_dataloader(data, 4, shuffle=True, workers=0))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize(("length", "size"), [(10, 3), (2, 4), (9, 1), (8, 2)])
+def test_ranks_share_every_image(length: int, size: int) -> None:
+    even = [EpochSampler(length, shuffle=True, seed=5, rank=r, size=size) for r in range(size)]
+    assert len({len(list(s)) for s in even}) == 1 and all(len(s) == len(list(s)) for s in even)
+    assert {d.index for s in even for d in s} == set(range(length))
+    exact = [EpochSampler(length, shuffle=False, rank=r, size=size, even=False) for r in range(size)]
+    assert sorted(d.index for s in exact for d in s) == list(range(length))
+
+
+def test_rectangular_batches_stay_whole_on_every_rank() -> None:
+    for even in (True, False):
+        for rank in range(2):
+            sampler = EpochSampler(10, shuffle=False, rank=rank, size=2, block=4, even=even)
+            indices = [d.index for d in sampler]
+            assert len(indices) == len(sampler)
+            for start in range(0, len(indices), 4):
+                assert len({i // 4 for i in indices[start : start + 4]}) == 1
+
+
+def test_image_weights_draw_the_wanted_images() -> None:
+    sampler = EpochSampler(4, shuffle=True, seed=0)
+    sampler.set_weights(np.array([0, 1, 3, 0]))
+    draws = [d for epoch in range(200) for d in (sampler.set_epoch(epoch), *sampler)[1:]]
+    counts = np.bincount([d.index for d in draws], minlength=4)
+    assert counts[0] == counts[3] == 0 and 2.4 < counts[2] / counts[1] < 3.7
+    assert len(set(draws)) == len(draws)  # repeated images are augmented anew
+
+
+def test_rectangular_sets_load_in_their_own_order(make_set: Callable) -> None:
+    images = make_set({"a": ROWS, "b": ROWS}, size=(30, 60))
+    make_set({"c": ROWS}, size=(60, 30))
+    data = DetectionDataset(images, 64, rect=True, batch_size=2, pad=0.5, nc=2, show=False)
+    batches = list(create_dataloader(data, 8, shuffle=True, workers=0))
+    assert [tuple(b.images.shape) for b in batches] == [(2, 3, 64, 96), (1, 3, 96, 64)]
+    assert all(box.original in ((30, 60), (60, 30)) for b in batches for box in b.letterboxes)
+
+
+def quad_samples() -> list[Sample]:
+    labels = np.float32([[1, 0.5, 0.25, 0.2, 0.1]])
+    return [Sample(np.full((8, 8, 3), k, np.uint8), labels, f"{k}", None, Draw(0, 0)) for k in range(4)]
+
+
+def test_quads_enlarge_or_tile() -> None:
+    seen = set()
+    for index in range(12):
+        samples = quad_samples()
+        samples[0].draw = Draw(0, index)
+        batch = collate_quad(samples)
+        assert batch.images.shape == (1, 3, 16, 16)
+        if len(batch.targets) == 1:
+            seen.add("enlarged")
+            assert batch.targets[0, 1:].tolist() == samples[0].labels[0].tolist()
+        else:
+            seen.add("tiled")
+            corners = batch.images[0, 0][::15, ::15].flatten().tolist()
+            assert corners == [0, 2, 1, 3]  # down the left column, then down the right
+            expected = [(0.25, 0.125), (0.25, 0.625), (0.75, 0.125), (0.75, 0.625)]
+            np.testing.assert_allclose(batch.targets[:, 2:4], expected)
+            np.testing.assert_allclose(batch.targets[:, 4:], [[0.1, 0.05]] * 4)
+    assert seen == {"enlarged", "tiled"}
+
+
+def test_quad_loader_counts_in_fours(data: DetectionDataset) -> None:
+    batches = list(create_dataloader(data, 4, workers=0, quad=True))
+    assert [tuple(b.images.shape) for b in batches] == [(1, 3, 128, 128)]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_file_lost_during_the_run_is_one_line(data: DetectionDataset, workers: int) -> None:
+    for index in range(len(data)):
+        os.remove(data.path(index))
+    with pytest.raises(DataError, match=r"^[^\n]*im\d.png: no such file$"):
+        list(create_dataloader(data, 4, workers=workers))
+
+
+class Suicidal(DetectionDataset):
+    def __getitem__(self, item: Draw) -> Sample:
+        os._exit(9)
+
+
+def test_a_process_that_dies_is_one_line(data: DetectionDataset) -> None:
+    data.__class__ = Suicidal
+    with pytest.raises(ResourceError, match="data loading process died.*--workers 0"):
+        list(create_dataloader(data, 4, workers=1))

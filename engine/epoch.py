@@ -171,9 +171,8 @@ class _Meter:
         self._check(parts)
         box, obj, cls = (self.total / self.count).tolist()
         memory = f"{memory_gb(self.learner.device):.3g}G"
-        return ("%11s" * 2 + "%11.4g" * 3 + "%11i" * 2 + "%11.0f") % (
-            f"{self.epoch}/{self.epochs - 1}", memory, box, obj, cls, batch.targets.shape[0], size, self.images_per_second,
-        )  # fmt: skip
+        values = (f"{self.epoch}/{self.epochs - 1}", memory, box, obj, cls, len(batch.targets), size)
+        return ("%11s" * 2 + "%11.4g" * 3 + "%11i" * 2 + "%11.0f") % (*values, self.images_per_second)
 
     def _check(self, parts: LossParts) -> None:
         if bool(self.finite):
@@ -182,8 +181,8 @@ class _Meter:
         raise TrainingDiverged(
             f"the loss is not finite at epoch {self.epoch}, batch {self.count} of {self.batches} "
             f"(box {parts.box.item():.3g}, obj {parts.obj.item():.3g}, cls {parts.cls.item():.3g}, lr {lr}); "
-            f"the checkpoints of earlier epochs are whole: start from weights/last.pt with a lower lr0 in --hyp, or --amp off. "
-            f"Last images: {', '.join(self.recent[-3:])}"
+            f"the checkpoints of earlier epochs are whole: start from weights/last.pt with a lower lr0 in --hyp, "
+            f"or with --amp off. Last images: {', '.join(self.recent[-3:])}"
         )
 
     def finish(self) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 import torchvision
 
 from engine.epoch import Learner
-from utils.checkpoint import read_checkpoint, rng_state, save_checkpoint, set_rng_state
+from utils.checkpoint import half_precision, read_checkpoint, rng_state, save_checkpoint, set_rng_state
 from utils.config import Hyp, TrainConfig
 from utils.early_stopping import EarlyStopping
 from utils.ema import unwrap
@@ -70,7 +70,7 @@ def save_last(
 def save_best(path: Path, state: dict, meta: dict, epoch: int, metrics: dict[str, float]) -> None:
     """Write the averaged weights alone, in half precision: small, and all that val, detect and export need."""
     meta = {**meta, "epoch": epoch, "metrics": metrics, "date": datetime.now().isoformat(timespec="seconds")}
-    half = {k: v.half() if v.is_floating_point() else v for k, v in state.items()}
+    half = {key: half_precision(value) for key, value in state.items()}
     save_checkpoint(path, half, meta)
 
 

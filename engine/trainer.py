@@ -80,7 +80,10 @@ def train(cfg: TrainConfig, hyp: Hyp, data: DataConfig, notes: Sequence[str] = (
         f"Image sizes {frame.imgsz} train, {frame.imgsz} val\nUsing {loader.num_workers} dataloader workers\n"
         f"Logging results to {run_dir}\nStarting training for {cfg.epochs} epochs..."
     )
-    fit(run, multi_scale)
+    try:
+        fit(run, multi_scale)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(_how_to_go_on(run)) from None
     close_distributed(world)
     return run_dir
 
@@ -186,6 +189,12 @@ def _check_unfinished(cfg: TrainConfig, progress: Progress) -> None:
             f"give --epochs N with more to go on, or start anew with --weights {cfg.resume}"
         )
     LOGGER.info(f"Resuming {cfg.resume} at epoch {progress.start_epoch} of {cfg.epochs}")
+
+
+def _how_to_go_on(run: Run) -> str:
+    if not run.last.is_file():
+        return f"no epoch was completed, {run.dir} holds no checkpoint"
+    return f"all completed epochs are saved; go on with: python train.py --resume {run.last}"
 
 
 def _open_run_dir(cfg: TrainConfig, hyp: Hyp, world: World) -> Path | None:

@@ -123,7 +123,7 @@ def strip_checkpoint(path: str | Path, output: str | Path | None = None) -> int:
     bytes. Writes to ``output``, or back to ``path``. Raises CheckpointError and OSError like reading and saving."""
     checkpoint = read_checkpoint(path)
     target = Path(output or path)
-    save_checkpoint(target, {key: _halved(tensor) for key, tensor in checkpoint.model.items()}, checkpoint.meta)
+    save_checkpoint(target, {key: half_precision(tensor) for key, tensor in checkpoint.model.items()}, checkpoint.meta)
     return target.stat().st_size
 
 
@@ -240,8 +240,8 @@ def _plain_key(key: Any, where: str) -> Any:
     return _plain(key, where)
 
 
-def _halved(tensor: Tensor) -> Tensor:
-    """float16, unless a value would become infinite (a BN variance may be large)."""
+def half_precision(tensor: Tensor) -> Tensor:
+    """A floating tensor in float16, unless a value would become infinite (a BN variance may be large)."""
     if not tensor.is_floating_point() or (tensor.numel() and tensor.abs().max() > _HALF_MAX):
         return tensor
     return tensor.half()

@@ -86,10 +86,10 @@ def run_cli(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | N
             raise
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         if debug:
             raise
-        print("interrupted", file=sys.stderr)
+        print(f"interrupted{f': {error}' if str(error) else ''}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `detect.py ... | head`: the reader left, nothing is wrong
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -117,8 +117,8 @@ def paste_tiles(load: Callable[[int], np.ndarray], tiles: Sequence[Tile], size: 
 def warp_tiles(load: Callable[[int], np.ndarray], tiles: Sequence[Tile], matrix: np.ndarray, size: int) -> np.ndarray:
     """What :func:`warp` would show of the canvas through an affine matrix, as (size, size, 4) RGBA.
 
-    Equal to it but for the pixel row where two tiles, or a tile and the grey, meet: there the canvas would blend
-    them. Four channels because OpenCV warps them more than twice as fast as three.
+    Equal to it but within a canvas pixel (two, when turned) of where two tiles, or a tile and the grey, meet: there
+    the canvas would blend them. Four channels because OpenCV warps them more than twice as fast as three.
     """
     frame = np.full((size, size, 4), GREY, np.uint8)
     for place, tile in enumerate(tiles):

@@ -33,14 +33,18 @@ def warp_canvas(canvas: np.ndarray, matrix: np.ndarray, size: int) -> np.ndarray
 
 
 def blended(
-    images: Sequence[np.ndarray], centre: tuple[int, int], matrix: np.ndarray, size: int, eps: float = 0.05
+    images: Sequence[np.ndarray], centre: tuple[int, int], matrix: np.ndarray, size: int, reach: float
 ) -> np.ndarray:
-    """(size, size) bool: pixels of the frame that mix an image with its neighbour or with the grey around it."""
+    """(size, size) bool: pixels of the frame within ``reach`` canvas pixels of the edge of an image.
+
+    At 1 these are the pixels that bilinear sampling mixes with the neighbour or with the grey around.
+    """
     ys, xs = np.mgrid[:size, :size]
     x, y = np.tensordot(np.linalg.inv(matrix)[:2], np.stack((xs, ys, np.ones_like(xs))), 1)
     mixed = np.zeros((size, size), bool)
     for _, _, x1, y1, x2, y2 in tile_rects(images, centre, size):
-        reach = (x > x1 - 1 - eps) & (x < x2 + eps) & (y > y1 - 1 - eps) & (y < y2 + eps)
-        inner = (x > x1 + eps) & (x < x2 - 1 - eps) & (y > y1 + eps) & (y < y2 - 1 - eps)
-        mixed |= reach & ~inner
+        outer = (x > x1 - reach) & (x < x2 - 1 + reach) & (y > y1 - reach) & (y < y2 - 1 + reach)
+        margin = reach - 1
+        inner = (x > x1 + margin) & (x < x2 - 1 - margin) & (y > y1 + margin) & (y < y2 - 1 - margin)
+        mixed |= outer & ~inner
     return mixed

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from utils.dataloaders import Batch
 
 CPU_CHUNK = 4
-"""Images per forward pass on the CPU, where larger ones overflow the caches: on two cores yolov5s takes 91 ms an image
-in fours and 98 in eights, yolov5n 32 in fours and 41 in sixteens (512 x 672, channels last as the loader makes them)."""
+"""Images per forward pass on the CPU, where larger batches overflow the caches: on two cores yolov5s takes 91 ms an
+image in fours and 98 in eights, yolov5n 32 in fours and 41 in sixteens (512 x 672, channels last, as loaded)."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -116,8 +116,8 @@ def plot_batch(
     file: str | Path,
     max_tiles: int = 16,
     max_size: int = 1920,
-) -> None:
-    """Write a batch as a grid of tiles, each with its file name.
+) -> np.ndarray:
+    """Write a batch as a grid of tiles, each with its file name, and return it, uint8 (H, W, 3) RGB.
 
     ``images`` uint8 (B, 3, H, W) RGB. ``boxes``: targets (T, 6) image index, class, cx, cy, w, h in 0..1, or one
     tensor of detections (n, 6) an image, x1, y1, x2, y2 in network pixels, confidence, class, of which those above
@@ -142,6 +142,7 @@ def plot_batch(
         y, x = index // side * tile_h, index % side * tile_w
         grid[y : y + tile_h, x : x + tile_w] = tile
     write_image(file, grid)
+    return grid
 
 
 def _boxes_of(

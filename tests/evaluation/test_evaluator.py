@@ -159,3 +159,20 @@ def test_files_of_an_evaluation(tmp_path):
     assert coco.stats()["AP"] == pytest.approx(1.0)
     pictures = {f"{name}.png" for name in ("PR_curve", "F1_curve", "P_curve", "R_curve", "confusion_matrix")}
     assert pictures | {"val_batch0_labels.jpg", "val_batch0_pred.jpg"} <= {f.name for f in tmp_path.iterdir()}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [None, torch.float16])
+def test_on_a_gpu_it_gives_the_same_and_times_each_stage(dtype):
+    device = torch.device("cuda:0")
+    oracle = Oracle()
+    metrics = evaluate(
+        lambda images: (oracle.eval()(images)[0].to(device), None),
+        [make_batch(3)] * 2,
+        device=device,
+        names=NAMES,
+        amp_dtype=dtype,
+        show_progress=False,
+    )
+    assert metrics.map == pytest.approx(0.995)
+    assert all(ms > 0 for ms in metrics.speed.values())

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torchvision.ops import batched_nms
 
 from utils import nms as nms_module
 from utils.errors import ConfigError
@@ -78,6 +79,22 @@ def test_bound_on_candidates_keeps_the_best(monkeypatch):
     pred = torch.stack([box(50 * i, 20, 0.3 + 0.1 * i) for i in range(6)])[None]
     (out,) = non_max_suppression(pred)
     assert out[:, 4].tolist() == pytest.approx([0.8, 0.7, 0.6])
+
+
+@pytest.mark.parametrize("first_try", [1, 2, 1000])
+@pytest.mark.parametrize("max_det", [1, 7, 300])
+def test_looking_at_the_best_first_changes_nothing(monkeypatch, first_try, max_det):
+    generator = torch.Generator().manual_seed(1)
+    pred = torch.rand(2, 500, 9, generator=generator)
+    pred[..., :4] *= 100
+    monkeypatch.setattr(nms_module, "FIRST_TRY", first_try)
+    out = non_max_suppression(pred, 0.01, 0.5, multi_label=True, max_det=max_det)
+    for rows, mine in zip(pred, out):
+        scores = rows[:, 5:] * rows[:, 4:5]
+        row, cls = (scores > 0.01).nonzero(as_tuple=True)
+        boxes = torch.cat((rows[row, :2] - rows[row, 2:4] / 2, rows[row, :2] + rows[row, 2:4] / 2), 1)
+        kept = batched_nms(boxes, scores[row, cls], cls, 0.5)[:max_det]
+        assert torch.allclose(mine[:, :4], boxes[kept]) and torch.equal(mine[:, 5], cls[kept].float())
 
 
 def test_half_precision_input_gives_float32():

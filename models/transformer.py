@@ -20,7 +20,7 @@ class TransformerLayer(nn.Module):
         self.fc2 = nn.Linear(c, c, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.ma(self.q(x), self.k(x), self.v(x))[0] + x
+        x = self.ma(self.q(x), self.k(x), self.v(x), need_weights=False)[0] + x
         return self.fc2(self.fc1(x)) + x
 
 

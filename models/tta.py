@@ -14,6 +14,8 @@ PASSES = ((1.0, False), (0.83, True), (0.67, False))
 """(scale, mirrored left to right)."""
 GREY = 0.447
 """What fills the border of a scaled image: the mean of ImageNet."""
+DEEPEST = 32
+"""Pixels. Backbones go down to this stride even where Detect does not (yolov5-p34)."""
 
 
 def augmented_forward(model: nn.Module, images: Tensor) -> Tensor:
@@ -25,7 +27,7 @@ def augmented_forward(model: nn.Module, images: Tensor) -> Tensor:
     if isinstance(model, Ensemble):
         return torch.cat([augmented_forward(member, images) for member in model.models], 1)
     width, levels = images.shape[-1], len(model.stride)
-    stride = int(max(model.stride))
+    stride = max(int(model.stride.max()), DEEPEST)
     outputs = []
     for scale, mirrored in PASSES:
         view = images.flip(-1) if mirrored else images

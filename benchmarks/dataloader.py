@@ -1,0 +1,152 @@
+"""Speed of the data path: images a second on one core, from disk and from memory, against two yardsticks.
+
+    python benchmarks/dataloader.py [--data data/bccd.yaml] [--imgsz 640] [--batch-size 16] [--workers 0 1 2]
+
+Yardsticks, measured in the same process and turn by turn with ours, on the same images and draws:
+  plain canvas   the mosaic painted on a canvas of twice the size, warped whole in three channels, colours by three
+                 look-up tables, images joined and transposed to (B, 3, H, W)
+  limit          decoding four images a sample and nothing else (disk); copying the finished pixels (memory)
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, from anywhere
+
+import cv2  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
+from utils.augmentations import draw_hsv, draw_perspective, hsv_tables, warp_labels  # noqa: E402
+from utils.config import DataConfig  # noqa: E402
+from utils.dataloaders import create_dataloader  # noqa: E402
+from utils.dataset import DetectionDataset, Draw, Sample, to_unit  # noqa: E402
+from utils.errors import run_cli  # noqa: E402
+from utils.images import read_image  # noqa: E402
+from utils.mosaic import draw_centre, mosaic_labels, paste_tiles, place_tiles  # noqa: E402
+
+
+class PlainCanvas(DetectionDataset):
+    """The same samples made the plain way."""
+
+    def _training_sample(self, draw: Draw) -> Sample:
+        rng, hyp, size = np.random.default_rng(tuple(draw)), self.hyp, self.imgsz
+        chosen = [draw.index, *map(int, rng.integers(len(self), size=3))]
+        images = [self.load_image(i) for i in chosen]
+        shapes = [image.shape[:2] for image in images]
+        tiles = place_tiles(draw_centre(rng, size), shapes, size)
+        canvas = paste_tiles(lambda k: images[k], tiles, size)
+        boxes, _ = mosaic_labels(tiles, shapes, [self.index.rows(i) for i in chosen], [None] * 4, size)
+        look = draw_perspective(rng, hyp.degrees, hyp.translate, hyp.scale, hyp.shear)
+        matrix = look.matrix((2 * size, 2 * size), (size, size))
+        image = cv2.warpAffine(canvas, matrix[:2], (size, size), borderValue=(114,) * 3)
+        labels = to_unit(warp_labels(boxes, None, look, matrix, (size, size)), image.shape)
+        tables = hsv_tables(draw_hsv(rng, (hyp.hsv_h, hyp.hsv_s, hyp.hsv_v)))
+        planes = cv2.split(cv2.cvtColor(image, cv2.COLOR_RGB2HSV))
+        image = cv2.cvtColor(cv2.merge([cv2.LUT(p, t) for p, t in zip(planes, tables)]), cv2.COLOR_HSV2RGB)
+        if rng.random() < hyp.fliplr:
+            image = cv2.flip(image, 1)
+            labels[:, 1] = 1 - labels[:, 1]
+        return Sample(image, labels, self.path(draw.index), None, draw)
+
+
+def plain_collate(samples: list[Sample]) -> torch.Tensor:
+    """(B, 3, H, W) contiguous, image by image."""
+    return torch.stack([torch.from_numpy(np.ascontiguousarray(s.image.transpose(2, 0, 1))) for s in samples])
+
+
+def plain_epoch(data: PlainCanvas, batch_size: int, epoch: int) -> int:
+    """One epoch of the plain way in this process; returns how many images."""
+    order = np.random.default_rng(epoch).permutation(len(data)).tolist()
+    for start in range(0, len(order), batch_size):
+        plain_collate([data[Draw(epoch, i)] for i in order[start : start + batch_size]])
+    return len(order)
+
+
+def limit_epoch(data: DetectionDataset, cached: bool) -> int:
+    """The least that must be done for one epoch."""
+    target = np.empty((data.imgsz, data.imgsz, 3), np.uint8)
+    source = np.zeros_like(target)
+    for index in range(len(data)):
+        if cached:
+            np.copyto(target, source)
+        else:
+            for _ in range(4):
+                read_image(data.path(index))
+    return len(data)
+
+
+def rate(work: Callable[[], int]) -> float:
+    """Images a second of one run."""
+    start = time.perf_counter()
+    return work() / (time.perf_counter() - start)
+
+
+def compare(config: DataConfig, args: argparse.Namespace) -> list[tuple[str, ...]]:
+    """Rows of the table: case, ours, plain, ratio, limit, ours as a share of the limit."""
+    rows = []
+    for cache in ("", "ram"):
+        options = {"augment": True, "names": config.names, "cache": cache, "show": False}
+        data = DetectionDataset(config.train, args.imgsz, **options)
+        plain = PlainCanvas(config.train, args.imgsz, **options)
+        for workers in args.workers:
+            loader = create_dataloader(data, args.batch_size, shuffle=True, workers=workers)
+
+            def ours(loader: object = loader) -> int:
+                return sum(len(batch.paths) for batch in loader)
+
+            ours()  # processes start, files come into memory
+            results: dict[str, list[float]] = {"ours": [], "plain": [], "limit": []}
+            for turn in range(args.repeats):
+                loader.set_epoch(turn)
+                results["ours"].append(rate(ours))
+                if workers == 0:
+                    results["plain"].append(
+                        rate(lambda plain=plain, turn=turn: plain_epoch(plain, args.batch_size, turn))
+                    )
+                    results["limit"].append(rate(lambda data=data, cache=cache: limit_epoch(data, bool(cache))))
+            rows.append(row(f"{'memory' if cache else 'disk'}, {workers} workers", results))
+    return rows
+
+
+def row(case: str, results: dict[str, list[float]]) -> tuple[str, ...]:
+    """Medians with their spread, and the ratios."""
+    middle = {key: statistics.median(values) for key, values in results.items() if values}
+    shown = {key: f"{middle[key]:.0f} ({min(results[key]):.0f}-{max(results[key]):.0f})" for key in middle}
+    ratio = f"{middle['ours'] / middle['plain']:.2f}x" if "plain" in middle else ""
+    share = f"{middle['ours'] / middle['limit']:.0%}" if "limit" in middle else ""
+    return case, shown["ours"], shown.get("plain", ""), ratio, shown.get("limit", ""), share
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", default="bccd.yaml", help="dataset YAML (bccd.yaml)")
+    parser.add_argument("--imgsz", type=int, default=640, help="side of the training image in pixels (640)")
+    parser.add_argument("--batch-size", type=int, default=16, help="images a batch (16)")
+    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], help="loader processes to try (0 1 2)")
+    parser.add_argument("--repeats", type=int, default=5, help="timed epochs of each case (5)")
+    args = parser.parse_args(argv)
+    cv2.setNumThreads(0)
+    torch.set_num_threads(1)
+    config = DataConfig.load(args.data)
+    table = compare(config, args)
+    print(
+        f"\n{platform.processor() or platform.machine()}, {date.today()}, Python {platform.python_version()}, ", end=""
+    )
+    print(f"torch {torch.__version__}, OpenCV {cv2.__version__}, numpy {np.__version__}")
+    print(f"`python benchmarks/dataloader.py {' '.join(argv)}`; mosaic {args.imgsz}, batch {args.batch_size}\n")
+    print("| case | ours, images/s | plain canvas | ratio | limit | of the limit |\n|---|---|---|---|---|---|")
+    for line in table:
+        print("| " + " | ".join(line) + " |")
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_cli(main))

@@ -31,9 +31,9 @@ demo: setup
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" bash scripts/demo.sh
 
 bench: setup
-	$(PY) benchmarks/startup.py
-	$(PY) benchmarks/dataloader.py
-	$(PY) benchmarks/inference_cpu.py
+	$(PY) -m benchmarks.startup
+	$(PY) -m benchmarks.dataloader
+	$(PY) -m benchmarks.inference_cpu
 
 clean:
 	rm -rf runs .pytest_cache .ruff_cache

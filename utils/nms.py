@@ -17,8 +17,8 @@ CLASS_OFFSET = 7680.0
 MAX_CANDIDATES = 30_000
 """At most this many boxes an image, the highest scores, enter suppression: the bound on time and memory."""
 
-FIRST_TRY = 4
-"""Suppression first looks at this many candidates for each box that may be kept, and at more only when needed."""
+BLOCK = 1024
+"""So many candidates at a time go through suppression, until enough are kept."""
 
 
 def non_max_suppression(
@@ -97,11 +97,12 @@ def _suppress(candidates: Tensor, iou_thres: float, agnostic: bool, max_det: int
         # Wider than the offset, images would let neighbouring classes meet: then the offset grows with them.
         offset = (boxes.max() - boxes.min()).clamp(min=CLASS_OFFSET)
         boxes = boxes + candidates[:, 5:6] * offset
-    # A box is suppressed by better ones only, so the first max_det survivors of the best few are those of all: the
-    # cost grows with the square of the candidates, and evaluation has thousands of them for 300 places.
-    size = FIRST_TRY * max_det
-    while True:
-        kept = nms(boxes[:size], candidates[:size, 4], iou_thres)  # indices by falling score
-        if len(kept) >= max_det or size >= len(candidates):
-            return candidates[kept[:max_det]]
-        size *= 4
+    # Block by block, by falling score: what survived so far meets the next block. The survivors are those of one call
+    # with everything, which would compare each box with all others: its cost grows with the square.
+    kept = torch.arange(0, device=boxes.device)
+    for start in range(0, len(boxes), BLOCK):
+        pool = torch.cat((kept, torch.arange(start, min(start + BLOCK, len(boxes)), device=boxes.device)))
+        kept = pool[nms(boxes[pool], candidates[pool, 4], iou_thres)]  # by falling score
+        if len(kept) >= max_det:
+            break
+    return candidates[kept[:max_det]]

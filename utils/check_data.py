@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from utils.config import DataConfig
 from utils.console import plural, progress
 from utils.errors import DataError
 from utils.label_cache import LabelIndex, scan_labels
@@ -18,6 +19,14 @@ _SMALL, _LARGE = 32, 96  # sides in pixels that part small, medium and large box
 _MAX_LISTED = 20
 
 
+def print_report(data: DataConfig, imgsz: int = 640) -> int:
+    """Print the report on all splits of ``data``. Returns the exit status: 1 when there is a fault, else 0."""
+    splits = {"train": data.train, "val": data.val, "test": data.test}
+    text, faults = _report({split: sources for split, sources in splits.items() if sources}, data.names, imgsz)
+    print(text)
+    return int(faults > 0)
+
+
 def dataset_report(splits: Mapping[str, Iterable[str | Path]], names: Mapping[int, str], imgsz: int = 640) -> str:
     """Describe the splits of a data set as text.
 
@@ -25,19 +34,26 @@ def dataset_report(splits: Mapping[str, Iterable[str | Path]], names: Mapping[in
     given in pixels with the longest image side at this. Reads all images once, to find equal ones. A split that
     cannot be used is reported, not raised.
     """
+    return _report(splits, names, imgsz)[0]
+
+
+def _report(splits: Mapping[str, Iterable[str | Path]], names: Mapping[int, str], imgsz: int) -> tuple[str, int]:
+    """The text and the number of faults."""
     lines: list[str] = []
     indexes: dict[str, LabelIndex] = {}
+    faults = 0
     for split, sources in splits.items():
         lines.append(f"{split}:")
         try:
             indexes[split] = scan_labels(sources, len(names), split, show=False)
         except DataError as error:
             lines += [f"  cannot be used: {error}", ""]
+            faults += 1
             continue
+        faults += len(indexes[split].faults)
         lines += [f"  {line}" for line in _split_lines(indexes[split], names, imgsz)]
         lines.append("")
-    lines += duplicate_lines(indexes)
-    return "\n".join(lines)
+    return "\n".join(lines + duplicate_lines(indexes)), faults
 
 
 def _split_lines(index: LabelIndex, names: Mapping[int, str], imgsz: int) -> list[str]:
@@ -87,7 +103,8 @@ def duplicate_lines(indexes: Mapping[str, LabelIndex]) -> list[str]:
     groups: dict[bytes, list[tuple[str, str]]] = defaultdict(list)
     same_files = set()  # train and val may be one folder on purpose: that is said once, not for each image
     for split, index in indexes.items():
-        for number in progress(range(len(index)), desc=f"{split}: comparing images"):
+        many = len(index) > 2000
+        for number in progress(range(len(index)), desc=f"{split}: comparing images", enabled=many):
             path = index.paths[number]
             groups[hashlib.sha256(Path(path).read_bytes()).digest()].append((split, path))
     equal = [group for group in groups.values() if len(group) > 1]

@@ -94,7 +94,7 @@ class EpochSampler(Sampler[Draw]):
         block: int = 1,
         even: bool = True,
     ) -> None:
-        self.length, self.shuffle, self.seed = length, shuffle, seed
+        self.length, self.shuffle, self.seed = length, shuffle, seed % (1 << 32)
         self.rank, self.size, self.block, self.even = rank, size, block, even
         self.epoch = 0
         self.weights: np.ndarray | None = None
@@ -207,7 +207,7 @@ def create_dataloader(
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=_start_worker,
         persistent_workers=persistent and processes > 0,
-        generator=torch.Generator().manual_seed(seed),  # leaves the global generator alone
+        generator=torch.Generator().manual_seed(seed % (1 << 32)),  # leaves the global generator alone
     )
 
 

@@ -109,7 +109,7 @@ class DetectionDataset(Dataset):
             order, self.batch_shapes = rect_batches(index.sizes, imgsz, batch_size, stride, pad)
             index = index.reorder(order)
         self.index, self.imgsz, self.rect, self.batch_size = index, imgsz, rect, batch_size
-        self.hyp, self.augment, self.seed = hyp or Hyp(), augment, seed
+        self.hyp, self.augment, self.seed = hyp or Hyp(), augment, seed % (1 << 32)
         self.close_mosaic_epoch = close_mosaic_epoch
         self.epoch = 0
         self.resized = resized_shapes(index.sizes, imgsz)

@@ -72,10 +72,13 @@ def decode_image(data: bytes, name: str, max_pixels: int = MAX_PIXELS) -> np.nda
         raise DataError(f"{name}: the image file is cut short ({len(data):,} bytes); copy it again")
     buffer = np.frombuffer(data, np.uint8)
     by_pillow = header.orientation != 1 and not data.startswith((_JPEG_START, _PNG_START))
-    image = None if by_pillow else cv2.imdecode(buffer, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+    direct = getattr(cv2, "IMREAD_COLOR_RGB", None)  # OpenCV 4.11 and later
+    flags = (direct or cv2.IMREAD_COLOR) | cv2.IMREAD_IGNORE_ORIENTATION
+    image = None if by_pillow else cv2.imdecode(buffer, flags)
     if image is None:
         return _decode_with_pillow(data, name)
-    cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=image)
+    if not direct:
+        image = cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
     return _turn(image, header.orientation)
 
 

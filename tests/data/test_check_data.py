@@ -6,7 +6,10 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from utils.check_data import dataset_report
+import pytest
+
+from utils.check_data import dataset_report, print_report
+from utils.config import DataConfig
 
 ROW = "0 .5 .5 .2 .2\n"
 
@@ -35,3 +38,11 @@ def test_one_folder_for_two_splits_is_said_once(make_set: Callable, tmp_path: Pa
     images = make_set({"a": ROW, "b": ROW})
     text = dataset_report({"train": [images], "val": [images]}, {0: "x"})
     assert text.count("train and val share files") == 1 and "across splits" not in text
+
+
+def test_exit_status_tells_of_faults(make_set: Callable, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    images = make_set({"a": ROW})
+    data = DataConfig(tmp_path / "d.yaml", tmp_path, (images,), (images,), (), {0: "cell"})
+    assert print_report(data) == 0 and "cell" in capsys.readouterr().out
+    make_set({"b": ROW + "nonsense\n"})
+    assert print_report(data) == 1 and "b.txt:2" in capsys.readouterr().out

@@ -99,9 +99,9 @@ def _gain(args: list) -> int:
 
 def detection(spec: ModelSpec, c_in: list[int], args: list) -> tuple[list, int]:
     """nc, anchors, then the channels of every level."""
-    if len(args) != 2:
+    nc, anchors = spec.nc, spec.anchors
+    if args != [nc, anchors]:
         raise ValueError(f"takes [nc, anchors], got {args!r}")
-    nc, anchors = args
     if isinstance(anchors, int):  # placeholders, until AutoAnchor finds some
         anchors = [list(range(2 * anchors)) for _ in c_in]
     if len(anchors) != len(c_in):
@@ -193,6 +193,8 @@ def _build(spec: ModelSpec, row: Row, index: int, inputs: tuple, c_in: list[int]
         expected = "one layer number" if isinstance(row.source, list) else "a list of layer numbers"
         raise ValueError(f"'from' must be {expected} for this block, got {row.source!r}")
     repeats = max(round(row.number * spec.depth), 1) if row.number > 1 else row.number
+    if block.rule is detection and repeats != 1:
+        raise ValueError(f"the number must be 1, got {row.number}")
     if repeats > MAX_REPEATS:
         raise ValueError(f"{repeats} repeats; {MAX_REPEATS} are allowed")
     args, c_out = block.rule(spec, c_in, [_resolve(a, spec) for a in row.args])

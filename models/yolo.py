@@ -93,7 +93,7 @@ def _run_on_meta(module: nn.Module, layer: Layer, x: Tensor | list[Tensor]) -> T
     state = {name: t.to("meta") for name, t in [*module.named_parameters(), *module.named_buffers()]}
     try:
         return functional_call(module, state, (x,))
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:  # what torch raises for shapes that do not fit
+    except (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError) as error:  # shapes that do not fit
         shapes = [tuple(t.shape) for t in (x if isinstance(x, list) else [x])]
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(

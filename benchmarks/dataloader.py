@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import date
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, from anywhere
@@ -27,7 +28,7 @@ import torch  # noqa: E402
 
 from utils.augmentations import draw_hsv, draw_perspective, hsv_tables, warp_labels  # noqa: E402
 from utils.config import DataConfig  # noqa: E402
-from utils.dataloaders import create_dataloader  # noqa: E402
+from utils.dataloaders import DetectionLoader, create_dataloader  # noqa: E402
 from utils.dataset import DetectionDataset, Draw, Sample, to_unit  # noqa: E402
 from utils.errors import run_cli  # noqa: E402
 from utils.images import read_image  # noqa: E402
@@ -84,10 +85,17 @@ def limit_epoch(data: DetectionDataset, cached: bool) -> int:
     return len(data)
 
 
-def rate(work: Callable[[], int]) -> float:
-    """Images a second of one run."""
-    start = time.perf_counter()
-    return work() / (time.perf_counter() - start)
+def rate(work: Callable[[], int], in_process: bool) -> float:
+    """Images a second of one run: of this core's own time when all work is in this process (a busy machine then
+    disturbs little), else of wall time."""
+    clock = time.process_time if in_process else time.perf_counter
+    start = clock()
+    return work() / (clock() - start)
+
+
+def loader_epoch(loader: DetectionLoader) -> int:
+    """One epoch of ours; returns how many images."""
+    return sum(len(batch.paths) for batch in loader)
 
 
 def compare(config: DataConfig, args: argparse.Namespace) -> list[tuple[str, ...]]:
@@ -99,20 +107,14 @@ def compare(config: DataConfig, args: argparse.Namespace) -> list[tuple[str, ...
         plain = PlainCanvas(config.train, args.imgsz, **options)
         for workers in args.workers:
             loader = create_dataloader(data, args.batch_size, shuffle=True, workers=workers)
-
-            def ours(loader: object = loader) -> int:
-                return sum(len(batch.paths) for batch in loader)
-
-            ours()  # processes start, files come into memory
+            loader_epoch(loader)  # processes start, files come into memory
             results: dict[str, list[float]] = {"ours": [], "plain": [], "limit": []}
             for turn in range(args.repeats):
                 loader.set_epoch(turn)
-                results["ours"].append(rate(ours))
+                results["ours"].append(rate(partial(loader_epoch, loader), workers == 0))
                 if workers == 0:
-                    results["plain"].append(
-                        rate(lambda plain=plain, turn=turn: plain_epoch(plain, args.batch_size, turn))
-                    )
-                    results["limit"].append(rate(lambda data=data, cache=cache: limit_epoch(data, bool(cache))))
+                    results["plain"].append(rate(partial(plain_epoch, plain, args.batch_size, turn), True))
+                    results["limit"].append(rate(partial(limit_epoch, data, bool(cache)), True))
             rows.append(row(f"{'memory' if cache else 'disk'}, {workers} workers", results))
     return rows
 

@@ -16,8 +16,8 @@ SCRIPTS = ("train", "val", "detect", "export")
 
 LEVELS = {
     0: """models.ops.* models.activations utils.errors utils.files utils.dist utils.device utils.console utils.boxes
-        utils.labels utils.augmentations utils.images utils.optim utils.schedule utils.early_stopping utils.ema
-        utils.safe_names""",
+        utils.labels utils.label_index utils.augmentations utils.images utils.optim utils.schedule utils.early_stopping
+        utils.ema utils.safe_names""",
     1: """models.common models.extra models.transformer models.ghost models.head utils.config utils.dataset utils.mosaic
         utils.image_cache utils.label_cache utils.check_data utils.assign utils.loss utils.nms utils.metrics
         utils.confusion utils.checkpoint utils.loggers utils.plots utils.curves utils.crops utils.frames utils.sources
@@ -44,7 +44,6 @@ SIDEWAYS = {
     ("utils.dataset", "utils.label_cache"),
     ("utils.dataset", "utils.mosaic"),
     ("utils.image_cache", "utils.label_cache"),
-    ("utils.mosaic", "utils.config"),
     ("utils.loss", "utils.assign"),
     ("utils.loss", "utils.config"),
     ("utils.sources", "utils.frames"),

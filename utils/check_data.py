@@ -12,7 +12,8 @@ import numpy as np
 from utils.config import DataConfig
 from utils.console import plural, progress
 from utils.errors import DataError
-from utils.label_cache import LabelIndex, scan_labels
+from utils.label_cache import scan_labels
+from utils.label_index import LabelIndex
 
 _PERCENTILES = (5, 25, 50, 75, 95)
 _SMALL, _LARGE = 32, 96  # sides in pixels that part small, medium and large boxes, as COCO does

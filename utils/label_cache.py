@@ -1,4 +1,4 @@
-"""All labels of a data set in a few flat arrays, checked once and kept beside the labels in a ``.cache.npz`` file.
+"""Scan a data set: read and check all labels once, and keep them beside the labels in a ``.cache.npz`` file.
 
 The cache holds numbers and text only (no pickle). It remembers size and modification time of every image and label
 file; whatever has changed is read again, the rest is not. A damaged or foreign cache is rebuilt.
@@ -12,7 +12,7 @@ import os
 import time
 import zipfile
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from utils.console import LOGGER, progress
 from utils.errors import DataError
 from utils.files import atomic_open
 from utils.images import check_image, list_images
+from utils.label_index import EMPTY_POINTS, Fault, LabelIndex, PackedStrings, offsets_of
 from utils.labels import LabelFile, label_path, read_labels
 
 VERSION = 1
@@ -33,46 +34,6 @@ OK, MISSING, EMPTY, CORRUPT = range(4)
 MAX_SHOWN = 10
 # what numpy, zipfile, json and indexing raise on bytes that are not a cache of ours
 _DAMAGE = (OSError, ValueError, KeyError, IndexError, TypeError, EOFError, zipfile.BadZipFile, zlib.error)
-_EMPTY_POINTS = np.zeros((0, 2), np.float32)
-
-
-class PackedStrings:
-    """A read-only list of texts in two arrays: forked loader processes share it without copying its pages."""
-
-    def __init__(self, texts: Sequence[str]) -> None:
-        encoded = [os.fsencode(t) for t in texts]
-        self.bytes = np.frombuffer(b"".join(encoded), np.uint8)
-        self.offsets = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
-
-    @classmethod
-    def from_arrays(cls, data: np.ndarray, offsets: np.ndarray) -> PackedStrings:
-        """The inverse of reading ``bytes`` and ``offsets``."""
-        packed = cls([])
-        packed.bytes, packed.offsets = data, offsets
-        return packed
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    def __getitem__(self, index: int) -> str:
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        index %= len(self)
-        return os.fsdecode(self.bytes[self.offsets[index] : self.offsets[index + 1]].tobytes())
-
-
-@dataclass
-class Fault:
-    """Something wrong with an image or with a row of its label file (``row`` 0: the file as a whole)."""
-
-    path: str
-    row: int
-    reason: str
-
-    def __str__(self) -> str:
-        if not self.row:
-            return self.reason if self.reason.startswith(self.path) else f"{self.path}: {self.reason}"
-        return f"{self.path}:{self.row}: {self.reason}"
 
 
 @dataclass
@@ -85,72 +46,6 @@ class Entry:
     status: int
     labels: LabelFile
     faults: list[Fault]
-
-
-@dataclass
-class LabelIndex:
-    """The labels of a data set.
-
-    ``paths``: the n usable images. ``sizes`` (n, 2) int32: width, height as shown. ``labels`` (rows, 5) float32:
-    class, cx, cy, w, h in 0..1. ``offsets`` (n + 1): image i has rows offsets[i]:offsets[i+1]. ``points`` (P, 2)
-    float32 and ``point_offsets`` (rows + 1): the polygon of each row, empty for plain boxes. ``faults`` of the whole
-    scan, also of images left out; ``found``, ``missing``, ``empty``, ``corrupt``: counts of images; ``where``: the
-    folder or list that names this set in messages.
-    """
-
-    paths: PackedStrings
-    sizes: np.ndarray
-    labels: np.ndarray
-    offsets: np.ndarray
-    points: np.ndarray
-    point_offsets: np.ndarray
-    faults: list[Fault]
-    found: int = 0
-    missing: int = 0
-    empty: int = 0
-    corrupt: int = 0
-    clipped: int = 0
-    duplicates: int = 0
-    where: str = ""
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def rows(self, index: int) -> np.ndarray:
-        """(n, 5) labels of image ``index`` (a view)."""
-        return self.labels[self.offsets[index] : self.offsets[index + 1]]
-
-    def segments(self, index: int) -> list[np.ndarray] | None:
-        """One (k, 2) polygon for each label of image ``index``, or None when it has plain boxes only."""
-        first, last = self.offsets[index], self.offsets[index + 1]
-        bounds = self.point_offsets[first : last + 1]
-        if not len(bounds) or bounds[0] == bounds[-1]:
-            return None
-        return [self.points[a:b] for a, b in zip(bounds[:-1], bounds[1:])]
-
-    def reorder(self, order: np.ndarray) -> LabelIndex:
-        """The same set with image ``order[i]`` in place i."""
-        rows = np.concatenate([np.arange(self.offsets[i], self.offsets[i + 1]) for i in order] or [[]]).astype(np.int64)
-        polygons = [self.points[self.point_offsets[r] : self.point_offsets[r + 1]] for r in rows]
-        counts = np.diff(self.offsets)[order]
-        return LabelIndex(
-            PackedStrings([self.paths[i] for i in order]),
-            self.sizes[order],
-            self.labels[rows],
-            _offsets(counts),
-            np.concatenate(polygons or [_EMPTY_POINTS]),
-            _offsets([len(p) for p in polygons]),
-            self.faults,
-            *(self.found, self.missing, self.empty, self.corrupt, self.clipped, self.duplicates, self.where),
-        )
-
-    def summary(self) -> str:
-        """``205 images, 2 backgrounds, 5 corrupt`` and what was mended or dropped inside files."""
-        parts = [f"{self.found} images", f"{self.missing + self.empty} backgrounds", f"{self.corrupt} corrupt"]
-        dropped = sum(fault.row > 0 for fault in self.faults)
-        extra = [(dropped, "bad rows dropped"), (self.clipped, "rows clipped")]
-        extra.append((self.duplicates, "duplicate rows removed"))
-        return ", ".join(parts + [f"{count} {what}" for count, what in extra if count])
 
 
 def scan_labels(
@@ -264,21 +159,17 @@ def read_entry(path: str, nc: int | None) -> Entry:
     return entry
 
 
-def _offsets(counts: Iterable[int]) -> np.ndarray:
-    return np.concatenate(([0], np.cumsum(np.fromiter(counts, np.int64)))).astype(np.int64)
-
-
 def _pack(entries: list[Entry]) -> dict[str, np.ndarray]:
-    segments = [s for e in entries for s in (e.labels.segments or [_EMPTY_POINTS] * len(e.labels.boxes))]
+    segments = [s for e in entries for s in (e.labels.segments or [EMPTY_POINTS] * len(e.labels.boxes))]
     paths = PackedStrings([e.path for e in entries])
     return {
         "path_bytes": paths.bytes,
         "path_offsets": paths.offsets,
         "sizes": np.array([e.size for e in entries], np.int32).reshape(-1, 2),
         "labels": np.concatenate([e.labels.boxes for e in entries] or [np.zeros((0, 5), np.float32)]),
-        "offsets": _offsets(len(e.labels.boxes) for e in entries),
-        "points": np.concatenate(segments or [_EMPTY_POINTS]),
-        "point_offsets": _offsets(len(s) for s in segments),
+        "offsets": offsets_of(len(e.labels.boxes) for e in entries),
+        "points": np.concatenate(segments or [EMPTY_POINTS]),
+        "point_offsets": offsets_of(len(s) for s in segments),
     }
 
 

@@ -14,7 +14,8 @@ import pytest
 from tests.data.conftest import settle
 from utils import label_cache
 from utils.errors import DataError
-from utils.label_cache import PackedStrings, scan_labels
+from utils.label_cache import scan_labels
+from utils.label_index import PackedStrings
 
 ROW = "0 .5 .5 .2 .2\n"
 

@@ -17,8 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from utils.cli import Parser, add_run_flags, image_size_flag, keywords_to_argv
-from utils.errors import CheckpointError, ConfigError, did_you_mean, run_cli
+from utils.cli import Parser, add_run_flags, check_weights, image_size_flag, keywords_to_argv
+from utils.errors import ConfigError, run_cli
 from utils.files import ROOT
 
 
@@ -94,20 +94,6 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     for weights in args.weights:
         check_weights(weights)
     return args
-
-
-def check_weights(weights: str) -> None:
-    """Raise CheckpointError, saying how to get some, when the file does not exist. Nothing is downloaded."""
-    path = Path(weights)
-    if path.is_file():
-        return
-    trained = sorted((ROOT / "runs" / "train").glob("*/weights/best.pt"), key=lambda p: p.stat().st_mtime)
-    if trained:
-        how = f"the newest trained here is {trained[-1]}"
-    else:
-        how = "train some with train.py, or run `make demo`, which leaves runs/train/*/weights/best.pt"
-    siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-    raise CheckpointError(f"--weights {weights}: no such file{did_you_mean(path.name, siblings)}; {how}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

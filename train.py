@@ -14,7 +14,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from utils.cli import Parser, add_run_flags, image_size_flag, keywords_to_argv
+from utils.cli import Parser, add_run_flags, check_weights, image_size_flag, keywords_to_argv
 from utils.config import DataConfig, Hyp, TrainConfig
 from utils.errors import ConfigError, run_cli
 
@@ -156,6 +156,8 @@ def main(argv: Sequence[str]) -> int:
         from utils.check_data import print_report
 
         return print_report(data)
+    if cfg.weights:
+        check_weights(cfg.weights)
     hyp, missing = Hyp.load(cfg.hyp)
 
     from engine.trainer import train

@@ -17,9 +17,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.cli import Parser, add_run_flags, image_size_flag, keywords_to_argv
+from utils.cli import Parser, add_run_flags, check_weights, image_size_flag, keywords_to_argv
 from utils.config import DataConfig
-from utils.errors import CheckpointError, ConfigError, did_you_mean, run_cli
+from utils.errors import ConfigError, run_cli
 from utils.files import ROOT
 
 if TYPE_CHECKING:
@@ -96,20 +96,6 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
-def check_weights(weights: str) -> None:
-    """Raise CheckpointError, saying how to get some, when the file does not exist. Nothing is downloaded."""
-    path = Path(weights)
-    if path.is_file():
-        return
-    trained = sorted((ROOT / "runs" / "train").glob("*/weights/best.pt"), key=lambda p: p.stat().st_mtime)
-    if trained:
-        how = f"the newest trained here is {trained[-1]}"
-    else:
-        how = "train some with train.py, or run `make demo`, which leaves runs/train/*/weights/best.pt"
-    siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-    raise CheckpointError(f"--weights {weights}: no such file{did_you_mean(path.name, siblings)}; {how}")
-
-
 def main(argv: Sequence[str]) -> int:
     """Measure what the flags say and print the table. Returns 0; raises UserError for wrong input."""
     measure(parse_args(argv))
@@ -159,7 +145,7 @@ def weight_groups(args: argparse.Namespace) -> list[list[str]]:
 
 def load(weights: list[str], data: DataConfig, device: torch.device, single_cls: bool) -> nn.Module:
     """The model on its device. Raises ConfigError when its classes are not those of the data set."""
-    from models.load import load_model
+    from models.loading import load_model
     from utils.console import LOGGER
     from utils.device import describe_device
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from engine.epoch import Learner
-from models.load import build_or_load
+from models.loading import build_or_load
 from models.surgery import freeze
 from models.yolo import DetectionModel
 from utils.autoanchor import check_anchors

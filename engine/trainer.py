@@ -24,7 +24,7 @@ from engine.parts import (
     with_auto_batch,
 )
 from engine.state import Progress, describe_run, restore, save_best, save_last
-from models.load import load_model
+from models.loading import load_model
 from models.summary import summarize
 from models.yolo import DetectionModel
 from utils.config import DataConfig, Hyp, TrainConfig
@@ -101,6 +101,7 @@ class Run:
     val_loader: DetectionLoader
     progress: Progress
     world: World
+    validations: int = 0
 
     @property
     def model(self) -> DetectionModel:
@@ -127,7 +128,7 @@ def fit(run: Run, multi_scale: MultiScale | None = None) -> None:
     best_state: dict | None = None
     for epoch in range(progress.start_epoch, cfg.epochs):
         if cfg.image_weights:
-            run.loader.sampler.set_weights(draw_weights(run.loader.dataset, progress.class_maps, run.model.nc))
+            run.loader.set_weights(draw_weights(run.loader.dataset, progress.class_maps, run.model.nc))
         run.loader.set_epoch(epoch)
         log_header()
         with watch.sampling():
@@ -154,6 +155,8 @@ def fit(run: Run, multi_scale: MultiScale | None = None) -> None:
 def validate(run: Run) -> Metrics:
     """Metrics and losses of the averaged weights on the validation split."""
     learner = run.learner
+    run.val_loader.set_epoch(run.validations)  # only to keep its stream going: each holds the same images
+    run.validations += 1
     metrics = evaluate(
         learner.ema.model,
         run.val_loader,
@@ -268,6 +271,7 @@ def _finish(run: Run, logger: RunLogger) -> None:
     if run.best.is_file():
         LOGGER.info(f"\nValidating {run.best}...\n{TABLE_HEADER}")
         observers = [] if run.cfg.noplots else [BatchPictures(run.dir, run.data.names)]
+        run.val_loader.set_epoch(run.validations)
         metrics = evaluate(
             load_model(run.best, run.learner.device),
             run.val_loader,

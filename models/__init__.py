@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -19,15 +17,3 @@ def load(weights: str | Path | list[str | Path], device: str = "", half: bool = 
     from models.api import load as open_detector
 
     return open_detector(weights, device, half, **settings)
-
-
-class _Package(ModuleType):
-    """Keeps ``models.load`` the function: Python binds a submodule, here models/load.py, to its name in the package
-    when it is first imported, which would replace it. ``from models.load import ...`` is not affected."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name != "load" or not isinstance(value, ModuleType):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from models.load import load_model
+from models.loading import load_model
 from models.results import Results
 from models.tta import augmented_forward
 from utils.augmentations import Letterbox, letterbox, letterbox_fit

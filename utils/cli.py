@@ -6,11 +6,14 @@ Imports nothing heavy: ``--help`` and a wrong flag are answered before torch is 
 from __future__ import annotations
 
 import argparse
+import copy
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
-from utils.errors import ConfigError, did_you_mean
+from utils.errors import CheckpointError, ConfigError, did_you_mean
+from utils.files import ROOT
 
 # Flags of YOLOv5 that are absent on purpose: the answer to who types them.
 ABSENT = {
@@ -55,8 +58,6 @@ class Parser(argparse.ArgumentParser):
 
 
 def _without_default(action: argparse.Action) -> argparse.Action:
-    import copy
-
     twin = copy.copy(action)
     twin.default = argparse.SUPPRESS
     return twin
@@ -82,6 +83,20 @@ def image_size_flag(parser: Any, default: int = 640, nargs: str | None = None) -
         "--imgsz", "--img", "--img-size", type=int, default=default if nargs is None else [default], nargs=nargs,
         metavar="PIXELS", help=f"network input size, a multiple of 32 (default: {default})",
     )  # fmt: skip
+
+
+def check_weights(weights: str) -> None:
+    """Raise CheckpointError, saying how to get some, when the file does not exist. Nothing is downloaded."""
+    path = Path(weights)
+    if path.is_file():
+        return
+    trained = sorted((ROOT / "runs" / "train").glob("*/weights/best.pt"), key=lambda p: p.stat().st_mtime)
+    if trained:
+        how = f"the newest trained here is {trained[-1]}"
+    else:
+        how = "train some with train.py, or run `make demo`, which leaves runs/train/*/weights/best.pt"
+    siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    raise CheckpointError(f"--weights {weights}: no such file{did_you_mean(path.name, siblings)}; {how}")
 
 
 def keywords_to_argv(parser: argparse.ArgumentParser, kwargs: dict[str, Any]) -> list[str]:

@@ -227,7 +227,7 @@ def _read_names(data: YamlFile) -> tuple[dict[int, str], list[str]]:
         notes.append(f"{data.where('names')}: the same class name is used twice: {', '.join(repeated)}")
     if "nc" in data and data["nc"] != len(names):
         raise DataError(
-            f"{data.where('nc')}: nc: {data['nc']} does not agree with the {len(names)} names; correct one (nc may be left out)"
+            f"{data.where('nc')}: nc: {data['nc']} does not agree with the {len(names)} names; nc may be left out"
         )
     return names, notes
 

@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import count, islice
 
 import cv2
 import numpy as np
@@ -75,7 +76,7 @@ def collate_quad(samples: Sequence[Sample]) -> Batch:
     return collate(joined)
 
 
-class EpochSampler(Sampler[Draw]):
+class EpochSampler:
     """The images of one rank in one epoch; a pure function of (seed, epoch, rank), so a resumed run repeats it.
 
     length: images in the set. shuffle: a new order each epoch. rank, size: this process and how many there are.
@@ -94,22 +95,13 @@ class EpochSampler(Sampler[Draw]):
         block: int = 1,
         even: bool = True,
     ) -> None:
-        self.length, self.shuffle, self.seed = length, shuffle, seed % (1 << 32)
+        self.length, self.shuffle, self.seed = length, shuffle, seed
         self.rank, self.size, self.block, self.even = rank, size, block, even
-        self.epoch = 0
         self.weights: np.ndarray | None = None
 
-    def set_epoch(self, epoch: int) -> None:
-        """The epoch (from 0) that the next iteration is for."""
-        self.epoch = epoch
-
-    def set_weights(self, weights: np.ndarray | None) -> None:
-        """Draw images with replacement by these (n,) weights, or each once again (None)."""
-        self.weights = weights
-
-    def order(self) -> np.ndarray:
-        """(n,) image numbers of this epoch for all ranks together."""
-        rng = np.random.default_rng((self.seed, self.epoch))
+    def order(self, epoch: int) -> np.ndarray:
+        """(n,) image numbers of an epoch for all ranks together."""
+        rng = np.random.default_rng((self.seed, epoch))
         if self.weights is not None and self.weights.sum() > 0:
             return rng.choice(self.length, self.length, p=self.weights / self.weights.sum())
         return rng.permutation(self.length) if self.shuffle else np.arange(self.length)
@@ -123,30 +115,70 @@ class EpochSampler(Sampler[Draw]):
             blocks = [blocks[i % len(blocks)] for i in range(-(-len(blocks) // self.size) * self.size)]
         return np.concatenate(blocks[self.rank :: self.size] or [order[:0]])
 
-    def __iter__(self) -> Iterator[Draw]:
+    def draws(self, epoch: int) -> Iterator[Draw]:
+        """What this rank loads in an epoch, in order."""
         seen: Counter[int] = Counter()
-        for index in self._share(self.order()).tolist():
-            yield Draw(self.epoch, index, seen[index])
+        for index in self._share(self.order(epoch)).tolist():
+            yield Draw(epoch, index, seen[index])
             seen[index] += 1
 
     def __len__(self) -> int:
         return len(self._share(np.arange(self.length)))
 
 
-class DetectionLoader(DataLoader):
-    """torch's loader with ``set_epoch`` and with failures of its processes told in one line.
+class EpochBatches(Sampler[list[Draw]]):
+    """The sampler's draws in batches of ``batch_size``, from ``epoch`` on: one epoch, or with ``endless`` one after
+    another, so that loader processes go on with the next epoch while this one is still being used."""
 
-    ``iter(loader)`` starts loading at once: a trainer may call it before it validates, to find the first batches
-    ready.
+    def __init__(self, sampler: EpochSampler, batch_size: int, drop_last: bool, endless: bool) -> None:
+        self.sampler, self.batch_size, self.drop_last, self.endless = sampler, batch_size, drop_last, endless
+        self.epoch = 0
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        for epoch in count(self.epoch) if self.endless else [self.epoch]:
+            draws = self.sampler.draws(epoch)
+            while batch := list(islice(draws, self.batch_size)):
+                if len(batch) == self.batch_size or not self.drop_last:
+                    yield batch
+
+    def __len__(self) -> int:
+        """Batches of one epoch."""
+        full, rest = divmod(len(self.sampler), self.batch_size)
+        return full + (rest > 0 and not self.drop_last)
+
+
+class DetectionLoader(DataLoader):
+    """torch's loader, one epoch an iteration, with failures of its processes told in one line.
+
+    Iterating gives the epoch set by :meth:`set_epoch`. Epochs that follow each other come out of one stream, whose
+    processes load ahead across their border: neither a validation in between nor a new epoch finds them empty.
     """
 
+    _stream: Iterator[Batch] | None = None
+    _stream_epoch = -1  # what the stream holds next
+
     def set_epoch(self, epoch: int) -> None:
-        """The epoch (from 0) that the next ``iter()`` is for."""
-        self.sampler.set_epoch(epoch)
+        """The epoch (from 0) that the next iteration is for."""
+        self.batch_sampler.epoch = epoch
         self.dataset.set_epoch(epoch)
 
+    def set_weights(self, weights: np.ndarray | None) -> None:
+        """Draw images with replacement by these (n,) weights from the next epoch on, or each once again (None).
+        The weights may change with every epoch, so nothing is loaded ahead across epochs from then on."""
+        self.batch_sampler.sampler.weights = weights
+        self.batch_sampler.endless = self.batch_sampler.endless and weights is None
+        self._stream_epoch = -1
+
     def __iter__(self) -> Iterator[Batch]:
-        return self._clear_errors(super().__iter__())
+        return self._clear_errors(self._epoch())
+
+    def _epoch(self) -> Iterator[Batch]:
+        epoch = self.batch_sampler.epoch
+        if not self.batch_sampler.endless or self._stream_epoch != epoch:
+            self._stream = super().__iter__()
+        self._stream_epoch = -1  # an iteration that is left before its end leaves the stream in mid-epoch
+        yield from islice(self._stream, len(self))
+        self._stream_epoch = epoch + 1
 
     def _clear_errors(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         try:
@@ -172,7 +204,6 @@ def create_dataloader(
     workers: int = 8,
     world: tuple[int, int] = (0, 1),
     seed: int = 0,
-    image_weights: np.ndarray | None = None,
     quad: bool = False,
     persistent: bool = True,
 ) -> DetectionLoader:
@@ -180,7 +211,8 @@ def create_dataloader(
 
     ``workers`` is cut to the cores of this process's share and to the batch size. A training set (``augment``) is
     shared out evenly, an evaluation set exactly. A rectangular set keeps its own order and batch size. ``quad``
-    joins four images into one (drops the last, incomplete batch).
+    joins four images into one (drops the last, incomplete batch). ``persistent`` processes live for all epochs and load
+    ahead into the next one.
     """
     rank, size = world
     batch_size = max(1, min(batch_size, len(dataset)))
@@ -195,19 +227,17 @@ def create_dataloader(
         block=batch_size if dataset.rect else 1,
         even=dataset.augment,
     )
-    sampler.set_weights(None if dataset.rect else image_weights)
     processes = min(workers, max(available_cores() // size, 1), batch_size if batch_size > 1 else 0)
+    persistent = persistent and processes > 0
     return DetectionLoader(
         dataset,
-        batch_size,
-        sampler=sampler,
+        batch_sampler=EpochBatches(sampler, batch_size, drop_last=quad, endless=persistent),
         num_workers=processes,
         collate_fn=collate_quad if quad else collate,
-        drop_last=quad,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=_start_worker,
-        persistent_workers=persistent and processes > 0,
-        generator=torch.Generator().manual_seed(seed % (1 << 32)),  # leaves the global generator alone
+        persistent_workers=persistent,
+        generator=torch.Generator().manual_seed(seed),  # leaves the global generator alone
     )
 
 

@@ -1,4 +1,4 @@
-"""Run by torchrun in two processes: one step on known images, written to argv[1]; then train.py with the other flags."""
+"""Run by torchrun in two processes: one known step, written to argv[1]; then train.py with the other flags."""
 
 from __future__ import annotations
 

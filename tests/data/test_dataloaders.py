@@ -59,26 +59,46 @@ def test_loading_leaves_the_global_generator_alone(data: DetectionDataset) -> No
 @pytest.mark.parametrize(("length", "size"), [(10, 3), (2, 4), (9, 1), (8, 2)])
 def test_ranks_share_every_image(length: int, size: int) -> None:
     even = [EpochSampler(length, shuffle=True, seed=5, rank=r, size=size) for r in range(size)]
-    assert len({len(list(s)) for s in even}) == 1 and all(len(s) == len(list(s)) for s in even)
-    assert {d.index for s in even for d in s} == set(range(length))
+    assert len({len(s) for s in even}) == 1 and all(len(s) == len(list(s.draws(0))) for s in even)
+    assert {d.index for s in even for d in s.draws(0)} == set(range(length))
     exact = [EpochSampler(length, shuffle=False, rank=r, size=size, even=False) for r in range(size)]
-    assert sorted(d.index for s in exact for d in s) == list(range(length))
+    assert sorted(d.index for s in exact for d in s.draws(0)) == list(range(length))
 
 
 def test_rectangular_batches_stay_whole_on_every_rank() -> None:
     for even in (True, False):
         for rank in range(2):
             sampler = EpochSampler(10, shuffle=False, rank=rank, size=2, block=4, even=even)
-            indices = [d.index for d in sampler]
+            indices = [d.index for d in sampler.draws(0)]
             assert len(indices) == len(sampler)
             for start in range(0, len(indices), 4):
                 assert len({i // 4 for i in indices[start : start + 4]}) == 1
 
 
+def test_epochs_come_out_of_one_stream(data: DetectionDataset) -> None:
+    """In sequence, after a jump, after an iteration left early and after new weights: always the epoch asked for."""
+
+    def epoch(loader, number: int) -> list[list[int]]:
+        loader.set_epoch(number)
+        return [batch.images.flatten()[:64].tolist() for batch in loader]
+
+    plain = create_dataloader(data, 2, shuffle=True, workers=0)
+    expected = {number: epoch(plain, number) for number in range(5)}
+    loader = create_dataloader(data, 2, shuffle=True, workers=2)
+    assert [epoch(loader, n) for n in (0, 1)] == [expected[n] for n in (0, 1)]
+    assert epoch(loader, 4) == expected[4]
+    loader.set_epoch(0)
+    next(iter(loader))
+    assert [epoch(loader, n) for n in (0, 1)] == [expected[n] for n in (0, 1)]
+    loader.set_weights(np.eye(len(data))[0])
+    loader.set_epoch(2)
+    assert {path for batch in loader for path in batch.paths} == {data.path(0)}
+
+
 def test_image_weights_draw_the_wanted_images() -> None:
     sampler = EpochSampler(4, shuffle=True, seed=0)
-    sampler.set_weights(np.array([0, 1, 3, 0]))
-    draws = [d for epoch in range(200) for d in (sampler.set_epoch(epoch), *sampler)[1:]]
+    sampler.weights = np.array([0, 1, 3, 0])
+    draws = [d for epoch in range(200) for d in sampler.draws(epoch)]
     counts = np.bincount([d.index for d in draws], minlength=4)
     assert counts[0] == counts[3] == 0 and 2.4 < counts[2] / counts[1] < 3.7
     assert len(set(draws)) == len(draws)  # repeated images are augmented anew

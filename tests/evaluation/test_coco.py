@@ -6,8 +6,6 @@ import json
 
 import numpy as np
 import pytest
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 
 from tests.evaluation import bccd
 from utils import coco
@@ -15,6 +13,9 @@ from utils.errors import DataError
 
 
 def by_pycocotools(truth, detections):
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
     with contextlib.redirect_stdout(io.StringIO()):
         gt = COCO()
         gt.dataset = {"info": {}, **truth}

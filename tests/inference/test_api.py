@@ -170,7 +170,7 @@ def test_importing_the_package_loads_no_torch() -> None:
 
 def test_load_stays_a_function_whatever_was_imported_before(checkpoint: Path) -> None:
     from models import load
-    from models.load import load_model
+    from models.loading import load_model
 
     assert callable(load_model)
     detector = load(checkpoint, "cpu", conf=0.4)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from models.ensemble import Ensemble
-from models.load import build_or_load, load_model
+from models.loading import build_or_load, load_model
 from models.yolo import DetectionModel
 from tests.models.reference import fill, image
 from utils.checkpoint import save_checkpoint

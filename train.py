@@ -156,7 +156,7 @@ def main(argv: Sequence[str]) -> int:
         from utils.check_data import print_report
 
         return print_report(data)
-    if cfg.weights:
+    if cfg.weights and not cfg.resume:  # a resumed run no longer needs what it started from
         check_weights(cfg.weights)
     hyp, missing = Hyp.load(cfg.hyp)
 

@@ -88,12 +88,13 @@ def restore(path: str | Path, learner: Learner, progress: Progress) -> None:
         if learner.ema is not None:
             learner.ema.load(checkpoint.model, state["ema_updates"])
         restore_optimizer(learner.optimizer, state["optimizer"], str(path))
-        learner.scaler.load_state_dict(state["scaler"])
-    except (KeyError, RuntimeError, ValueError) as error:
+        if state["scaler"]:  # empty when the run so far did not scale its loss: float32, bf16
+            learner.scaler.load_state_dict(state["scaler"])
+        progress.start_epoch = state["epoch"] + 1
+        progress.best_fitness = state["best_fitness"]
+        progress.class_maps = list(state["class_maps"])
+        progress.stopper.load_state_dict(state["stopper"])
+        set_rng_state(state["rng"])
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"{path}: its training state does not fit this model ({reason})") from error
-    progress.start_epoch = state["epoch"] + 1
-    progress.best_fitness = state["best_fitness"]
-    progress.class_maps = list(state["class_maps"])
-    progress.stopper.load_state_dict(state["stopper"])
-    set_rng_state(state["rng"])

@@ -52,6 +52,8 @@ def train(cfg: TrainConfig, hyp: Hyp, data: DataConfig, notes: Sequence[str] = (
     world = init_distributed(cuda=torch.cuda.is_available() and cfg.device != "cpu")
     setup_console(world.main)
     device = select_device(cfg.device, world.local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # pinning and NCCL's barriers take the current one: not a GPU nobody asked for
     _check_together(cfg, world)
     _announce(cfg, hyp, device, notes)
     seed_everything(cfg.seed + 1 + world.rank, cfg.deterministic)
@@ -60,6 +62,7 @@ def train(cfg: TrainConfig, hyp: Hyp, data: DataConfig, notes: Sequence[str] = (
 
     model = build_model(cfg, hyp, data, device)
     frame = with_auto_batch(frame_for(cfg, model, world), model, cfg, device)
+    cfg = replace(cfg, batch_size=frame.batch)  # what --batch-size -1 found: a resumed run must not measure again
     train_set, val_set = build_datasets(cfg, hyp, data, frame, world)
     loader, val_loader = build_loaders(cfg, train_set, val_set, frame, world)
     if not (cfg.noautoanchor or cfg.resume):
@@ -195,6 +198,10 @@ def _check_unfinished(cfg: TrainConfig, progress: Progress) -> None:
 
 
 def _how_to_go_on(run: Run) -> str:
+    if run.cfg.nosave:
+        return (
+            f"with --nosave checkpoints are written at the end only, so the epochs of this start are not in {run.dir}"
+        )
     if not run.last.is_file():
         return f"no epoch was completed, {run.dir} holds no checkpoint"
     return f"all completed epochs are saved; go on with: python train.py --resume {run.last}"

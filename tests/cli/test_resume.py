@@ -1,0 +1,86 @@
+"""What a resumed run must not depend on, what it must keep, and what an interruption says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.parts import Frame, build_learner
+from engine.state import Progress, describe_run, restore, save_last
+from models.yolo import DetectionModel
+from utils.checkpoint import read_checkpoint, save_checkpoint
+from utils.config import Hyp, TrainConfig
+from utils.dist import World
+from utils.early_stopping import EarlyStopping
+from utils.errors import CheckpointError
+from utils.files import load_yaml
+
+
+@pytest.fixture(scope="module")
+def last(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The last.pt of a run on the CPU, in float32, after its first epoch."""
+    path = tmp_path_factory.mktemp("run") / "last.pt"
+    learner, progress = fresh_learner()
+    meta = describe_run(learner.model, TrainConfig(), Hyp())
+    save_last(path, learner, meta, progress, epoch=0, metrics={})
+    return path
+
+
+def fresh_learner():
+    frame = Frame(imgsz=64, stride=32, batch=4, rank_batch=4)
+    model = DetectionModel("yolov5n.yaml", nc=2)
+    learner = build_learner(model, TrainConfig(), Hyp(), frame, 3, torch.device("cpu"), World())
+    return learner, Progress(EarlyStopping(100))
+
+
+def test_a_run_that_starts_to_scale_its_loss_resumes(last: Path) -> None:
+    """From the CPU, or from bf16, to a GPU that trains in fp16: there is no scale to take over."""
+    learner, progress = fresh_learner()
+    learner.scaler = torch.amp.GradScaler("cpu", enabled=True)
+    scale = learner.scaler.get_scale()
+    restore(last, learner, progress)
+    assert progress.start_epoch == 1 and learner.scaler.get_scale() == scale
+
+
+@pytest.mark.parametrize("missing", ["model", "rng", "stopper", "epoch"])
+def test_an_incomplete_training_state_is_one_line(last: Path, tmp_path: Path, missing: str) -> None:
+    whole = read_checkpoint(last)
+    state = {key: value for key, value in whole.train.items() if key != missing}
+    save_checkpoint(tmp_path / "last.pt", whole.model, whole.meta, state)
+    with pytest.raises(CheckpointError, match=f"does not fit this model.*{missing}"):
+        restore(tmp_path / "last.pt", *fresh_learner())
+
+
+def test_the_start_weights_may_be_gone(tmp_path: Path, train_cli) -> None:
+    train_cli("--name", "first")
+    start = tmp_path / "start.pt"
+    (tmp_path / "runs" / "first" / "weights" / "best.pt").rename(start)
+    assert train_cli("--weights", str(start), "--cfg", "", "--name", "second")[0] == 0
+    start.unlink()
+    status, _, err = train_cli(base=["--resume", str(tmp_path / "runs" / "second"), "--epochs", "2"], data="")
+    assert status == 0, err
+
+
+def test_a_batch_found_by_measuring_is_written_down(tmp_path: Path, train_cli) -> None:
+    """Measured again, on a GPU with other free memory, it would be another one and so another training."""
+    assert train_cli("--batch", "-1")[0] == 0
+    run = tmp_path / "runs" / "exp"
+    assert load_yaml(run / "opt.yaml")["batch_size"] == 16
+    assert read_checkpoint(run / "weights" / "last.pt").meta["opt"]["batch_size"] == 16
+
+
+def test_an_interrupted_run_without_checkpoints_says_so(tmp_path: Path, train_cli, monkeypatch) -> None:
+    import engine.trainer
+
+    real = engine.trainer.train_one_epoch
+
+    def interrupted(learner, loader, epoch, *rest):
+        if epoch == 1:
+            raise KeyboardInterrupt
+        return real(learner, loader, epoch, *rest)
+
+    monkeypatch.setattr(engine.trainer, "train_one_epoch", interrupted)
+    status, _, err = train_cli("--nosave", "--epochs", "2")
+    assert status == 130 and "--nosave" in err and "no epoch was completed" not in err

@@ -78,8 +78,8 @@ def _add_output_flags(group: argparse._ArgumentGroup) -> None:
 
 def _add_drawing_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--view-img", action="store_true", help="show results in a window; q ends")
-    width = "of the boxes (default: 3)"
-    group.add_argument("--line-thickness", type=int, default=3, metavar="PIXELS", help=width)
+    width = "of the boxes; 0 follows the size of the picture (default: 0)"
+    group.add_argument("--line-thickness", type=int, default=0, metavar="PIXELS", help=width)
     group.add_argument("--hide-labels", action="store_true", help="boxes without text")
     group.add_argument("--hide-conf", action="store_true", help="class names without confidence")
 
@@ -87,8 +87,8 @@ def _add_drawing_flags(group: argparse._ArgumentGroup) -> None:
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     """Flags to a namespace, checked as far as that goes without the model. Raises ConfigError, CheckpointError."""
     args = build_parser().parse_args(argv)
-    if args.line_thickness < 1:
-        raise ConfigError(f"--line-thickness {args.line_thickness}: expected 1 or more")
+    if args.line_thickness < 0:
+        raise ConfigError(f"--line-thickness {args.line_thickness}: expected 0 or more")
     if args.save_conf and not args.save_txt:
         raise ConfigError("--save-conf: a column of the label files; add --save-txt")
     for weights in args.weights:

@@ -26,7 +26,7 @@ CSV_HEADER = ("Image Name", "Prediction", "Confidence")
 @dataclass(frozen=True)
 class OutputOptions:
     """What to write and how it looks. ``corners`` writes x1 y1 x2 y2 in label files instead of centre and size;
-    ``thickness`` is the line width in pixels."""
+    ``thickness`` is the line width in pixels, 0 to follow the size of the picture."""
 
     pictures: bool = True
     text: bool = False
@@ -36,7 +36,7 @@ class OutputOptions:
     crops: bool = False
     draw_labels: bool = True
     draw_confidence: bool = True
-    thickness: int = 3
+    thickness: int = 0
 
     @property
     def any_file(self) -> bool:

@@ -101,7 +101,7 @@ def test_names_from_a_dataset_yaml(flags: list[str], tmp_path: Path, capsys) -> 
         (["--save-conf"], ConfigError, "--save-conf: .* add --save-txt"),
         (["--dnn"], ConfigError, "--dnn: "),
         (["--agnostc"], ConfigError, "did you mean '--agnostic-nms'"),
-        (["--line-thickness", "0"], ConfigError, "--line-thickness"),
+        (["--line-thickness", "-1"], ConfigError, "--line-thickness"),
         (["--vid-stride", "0"], SourceError, "--vid-stride"),
         (["--device", "9"], ConfigError, "--device 9"),
     ],

@@ -227,12 +227,13 @@ def one_pass(
     import torch
 
     from engine.evaluator import evaluate
+    from models.head import side_multiple
     from models.tta import augmented_forward
     from utils.console import LOGGER
     from utils.dataloaders import create_dataloader
     from utils.dataset import DetectionDataset
 
-    stride = int(max(model.stride))
+    stride = side_multiple(model.stride)
     imgsz = -(-args.imgsz // stride) * stride
     if imgsz != args.imgsz:
         LOGGER.warning(f"--imgsz {args.imgsz}: rounded up to {imgsz}, a multiple of the stride {stride}")

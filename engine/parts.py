@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from engine.epoch import Learner
+from models.head import side_multiple
 from models.loading import build_or_load
 from models.surgery import freeze
 from models.yolo import DetectionModel
@@ -30,7 +31,8 @@ from utils.schedule import Schedule
 
 @dataclass(frozen=True)
 class Frame:
-    """Sizes that everything shares: network input, largest stride, images per step (all ranks) and per rank."""
+    """Sizes that everything shares: network input and what its sides are multiples of (pixels), images per step of all
+    ranks and of each."""
 
     imgsz: int
     stride: int
@@ -45,6 +47,8 @@ def build_model(cfg: TrainConfig, hyp: Hyp, data: DataConfig, device: torch.devi
     model, report = build_or_load(description, weights, data.nc, None if cfg.resume else hyp.anchors, data.names)
     LOGGER.info(report.text())
     frozen = freeze(model, cfg.freeze_layers)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError(f"--freeze {cfg.freeze[0]}: freezes all {len(model.model)} layers, nothing is left to train")
     if frozen:
         LOGGER.info(f"freezing {len(frozen)} parameters of layers {', '.join(map(str, cfg.freeze_layers))}")
     model = model.to(device)
@@ -55,7 +59,7 @@ def build_model(cfg: TrainConfig, hyp: Hyp, data: DataConfig, device: torch.devi
 
 def frame_for(cfg: TrainConfig, model: DetectionModel, world: World) -> Frame:
     """Round the image size up to the stride, as users expect, and share the batch out over the ranks."""
-    stride = max(int(model.stride.max()), 32)
+    stride = side_multiple(model.stride)
     imgsz = max(math.ceil(cfg.imgsz / stride) * stride, 2 * stride)
     if imgsz != cfg.imgsz:
         LOGGER.warning(f"--imgsz {cfg.imgsz} must be a multiple of {stride} and at least {2 * stride}, using {imgsz}")
@@ -131,8 +135,11 @@ def build_loaders(
     loader = create_dataloader(
         train, frame.rank_batch, shuffle=not cfg.rect, world=(world.rank, world.size), quad=cfg.quad, **shared
     )
-    if len(loader) == 0:
-        raise ConfigError(f"--quad needs at least 4 images a batch and in the set; there are {len(train)} images")
+    if cfg.quad and (len(loader) == 0 or min(frame.rank_batch, len(train)) < 4):
+        raise ConfigError(
+            f"--quad makes one image of four: it needs at least 4 images a batch (there are {frame.rank_batch}) and in "
+            f"the training set ({len(train)}), for each process"
+        )
     return loader, create_dataloader(val, val.batch_size, **shared)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from models.head import side_multiple
 from models.loading import load_model
 from models.results import Results
 from models.tta import augmented_forward
@@ -31,7 +32,7 @@ class Detector:
 
     Settings are plain attributes: ``conf`` and ``iou`` thresholds, ``agnostic`` NMS, ``multi_label``, ``classes`` (only
     these numbers), ``max_det`` an image, ``amp`` autocast, ``augment`` flips and scales at test time. ``names`` maps
-    class numbers to names, ``stride`` is the largest stride of the model in pixels.
+    class numbers to names, ``stride`` is what the sides of its input are multiples of, in pixels.
     """
 
     def __init__(self, model: nn.Module, device: torch.device, half: bool = False, **settings: Any) -> None:
@@ -43,7 +44,7 @@ class Detector:
         self.model = (model.half() if half else model.float()).to(device).eval()
         self.device, self.dtype = device, torch.float16 if half else torch.float32
         self.names: dict[int, str] = dict(model.names)
-        self.stride = int(max(model.stride))
+        self.stride = side_multiple(model.stride)
         self.conf, self.iou, self.max_det = 0.25, 0.45, 1000
         self.agnostic = self.multi_label = self.amp = self.augment = False
         self.classes: Sequence[int] | None = None

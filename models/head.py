@@ -10,6 +10,17 @@ from torch import Tensor, nn
 
 from models.ops.precision import at_least_float32
 
+DEEPEST = 32
+"""Pixels. Backbones go down to this stride even where Detect does not (yolov5-p34)."""
+
+
+def side_multiple(strides: Sequence[float] | Tensor) -> int:
+    """What the sides of an input must be multiples of, in pixels, so that the maps of all levels fit together.
+
+    ``strides`` (nl,) of Detect. Not just the largest of them: a backbone may shrink further and be enlarged again.
+    """
+    return max(int(max(strides)), DEEPEST)
+
 
 class Detect(nn.Module):
     """One 1x1 convolution per level: features (B, C_i, H_i, W_i) -> logits (B, A, H_i, W_i, 5 + nc).

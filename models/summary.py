@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from models.common import DCN
+from models.head import side_multiple
 
 TILE = 256
 """Pixels. Operations are counted on an image of this side, which every stride divides, and grow with its area."""
@@ -179,10 +180,10 @@ _COUNTERS: dict[type[nn.Module], Callable] = {
 def time_layers(model: nn.Module, imgsz: int, batch_size: int = 1, repeats: int = 5) -> list[float]:
     """Milliseconds of each layer: the median of ``repeats`` passes after one to warm up, on the model's device.
 
-    ``imgsz`` is rounded up to a multiple of the largest stride.
+    ``imgsz`` is rounded up to what the model takes (models.head.side_multiple).
     """
-    parameter, stride = next(model.parameters()), int(max(model.stride))
-    side = -(-imgsz // stride) * stride
+    parameter, multiple = next(model.parameters()), side_multiple(model.stride)
+    side = -(-imgsz // multiple) * multiple
     shape = (batch_size, model.yaml["ch"], side, side)
     images = torch.rand(shape, device=parameter.device, dtype=parameter.dtype)
     starts: dict[int, float] = {}

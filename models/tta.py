@@ -9,13 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.ensemble import Ensemble
+from models.head import side_multiple
 
 PASSES = ((1.0, False), (0.83, True), (0.67, False))
 """(scale, mirrored left to right)."""
 GREY = 0.447
 """What fills the border of a scaled image: the mean of ImageNet."""
-DEEPEST = 32
-"""Pixels. Backbones go down to this stride even where Detect does not (yolov5-p34)."""
 
 
 def augmented_forward(model: nn.Module, images: Tensor) -> Tensor:
@@ -27,22 +26,22 @@ def augmented_forward(model: nn.Module, images: Tensor) -> Tensor:
     if isinstance(model, Ensemble):
         return torch.cat([augmented_forward(member, images) for member in model.models], 1)
     width, levels = images.shape[-1], len(model.stride)
-    stride = max(int(model.stride.max()), DEEPEST)
+    multiple = side_multiple(model.stride)
     outputs = []
     for scale, mirrored in PASSES:
         view = images.flip(-1) if mirrored else images
-        decoded, _ = model(_scaled(view, scale, stride))
+        decoded, _ = model(_scaled(view, scale, multiple))
         outputs.append(_restored(decoded, scale, mirrored, width))
     return torch.cat(_without_tails(outputs, levels), 1)
 
 
-def _scaled(images: Tensor, scale: float, stride: int) -> Tensor:
-    """Resized by ``scale``, then padded right and below with grey up to multiples of ``stride``."""
+def _scaled(images: Tensor, scale: float, multiple: int) -> Tensor:
+    """Resized by ``scale``, then padded right and below with grey up to multiples of ``multiple``."""
     if scale == 1.0:
         return images
     height, width = images.shape[-2:]
     resized = F.interpolate(images, (int(height * scale), int(width * scale)), mode="bilinear", align_corners=False)
-    to_height, to_width = (math.ceil(side * scale / stride) * stride for side in (height, width))
+    to_height, to_width = (math.ceil(side * scale / multiple) * multiple for side in (height, width))
     return F.pad(resized, (0, to_width - resized.shape[-1], 0, to_height - resized.shape[-2]), value=GREY)
 
 

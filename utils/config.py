@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -221,6 +222,10 @@ def _read_names(data: YamlFile) -> tuple[dict[int, str], list[str]]:
         raise DataError(
             f"{data.where('names')}: names: numbers must run from 0 to {len(raw) - 1} without gaps, found {sorted(raw)}"
         )
+    for key, name in raw.items():
+        if isinstance(name, bool) or not isinstance(name, (str, int, float)):
+            hint = "; YAML reads yes, no, on, off as true or false: put it in quotes" if isinstance(name, bool) else ""
+            raise DataError(f"{data.where('names', key)}: names: class {key} must be a text, found {name!r}{hint}")
     names = {key: " ".join(str(raw[key]).split()) for key in sorted(raw)}
     repeated = sorted({name for name in names.values() if list(names.values()).count(name) > 1})
     if repeated:
@@ -272,7 +277,7 @@ def _resolve_split(data: YamlFile, key: str, root: Path) -> tuple[Path, ...]:
         tried += [data.path.resolve().parent / entry, ROOT / entry]
         for candidate in tried:
             if candidate.exists():
-                found.append(candidate.resolve())
+                found.append(_without_dots(candidate))
                 break
         else:
             if key == "test":  # optional: complain when it is used
@@ -281,6 +286,12 @@ def _resolve_split(data: YamlFile, key: str, root: Path) -> tuple[Path, ...]:
                 f"{data.where(key, index)}: {key}: {tried[0]}: no such folder or file{_download_hint(data)}"
             )
     return tuple(found)
+
+
+def _without_dots(path: Path) -> Path:
+    """The absolute path without ``..``. A link keeps its name: labels are found by the word ``images`` in it."""
+    plain = Path(os.path.abspath(path))
+    return plain if plain.exists() and plain.samefile(path) else path.resolve()
 
 
 @dataclass(frozen=True)
@@ -333,7 +344,9 @@ class TrainConfig:
                 f"--batch-size {self.batch_size}: at least 1, or -1 for automatic",
             ),
             (self.imgsz >= 32, f"--imgsz {self.imgsz}: at least 32 pixels"),
+            (0 <= self.seed < 2**63, f"--seed {self.seed}: a whole number from 0 up, below 2**63"),
             (self.workers >= 0, f"--workers {self.workers}: 0 or more"),
+            (0 <= self.seed < 2**32, f"--seed {self.seed}: from 0 to 4294967295"),
             (self.patience >= 0, f"--patience {self.patience}: 0 (never stop early) or more"),
             (0 <= self.label_smoothing < 1, f"--label-smoothing {self.label_smoothing}: between 0 and 1"),
             (self.dcn_offset_lr >= 0, f"--dcn-offset-lr {self.dcn_offset_lr}: 0 or more"),

@@ -130,3 +130,18 @@ def test_exit_status_of_the_script():
     )
     assert done.returncode == 2
     assert done.stderr.startswith("error: --weights none.pt") and done.stderr.count("\n") == 1
+
+
+def test_a_backbone_deeper_than_its_outputs(small, tmp_path):
+    """yolov5-p34 has outputs at strides 8 and 16, but a layer at 32 in between: frames are multiples of that."""
+    from models.api import load
+    from models.yolo import DetectionModel
+    from utils.checkpoint import save_checkpoint
+
+    model = DetectionModel("yolov5-p34.yaml", nc=2)
+    meta = {"yaml": model.yaml, "names": {0: "cat", 1: "dog"}, "nc": 2}
+    save_checkpoint(tmp_path / "p34.pt", model.state_dict(), meta)
+    argv = flags(small, tmp_path, weights=tmp_path / "p34.pt", img=80)
+    assert val.main([*argv, "--noplots"]) == 0
+    results = load(tmp_path / "p34.pt", "cpu")(np.zeros((64, 96, 3), np.uint8), size=80)
+    assert results.s == (1, 3, 64, 96)

@@ -346,7 +346,6 @@ class TrainConfig:
             (self.imgsz >= 32, f"--imgsz {self.imgsz}: at least 32 pixels"),
             (0 <= self.seed < 2**63, f"--seed {self.seed}: a whole number from 0 up, below 2**63"),
             (self.workers >= 0, f"--workers {self.workers}: 0 or more"),
-            (0 <= self.seed < 2**32, f"--seed {self.seed}: from 0 to 4294967295"),
             (self.patience >= 0, f"--patience {self.patience}: 0 (never stop early) or more"),
             (0 <= self.label_smoothing < 1, f"--label-smoothing {self.label_smoothing}: between 0 and 1"),
             (self.dcn_offset_lr >= 0, f"--dcn-offset-lr {self.dcn_offset_lr}: 0 or more"),

@@ -179,7 +179,7 @@ WRONG_FLAGS = {
     "device word": (["--device", "gpu"], "--device gpu: expected cpu"),
     "freeze": (["--freeze", "99"], "the model has layers 0..24"),
     "freeze all": (["--freeze", "25"], "--freeze 25: freezes all 25 layers, nothing is left to train"),
-    "seed": (["--seed", "-1"], "--seed -1: from 0 to"),
+    "seed": (["--seed", "-1"], "--seed -1: a whole number from 0 up"),
     "quad of two": (["--quad", "--batch", "2"], "--quad makes one image of four"),
     "amp": (["--amp", "fp16"], "--amp fp16: CPUs"),
     "contradiction": (["--rect", "--image-weights"], "exclude each other"),

@@ -19,11 +19,11 @@ from pathlib import Path
 import torch
 
 from benchmarks.report import cpu_name, heading, table
-from engine.epoch import Learner, to_network_input
+from engine.epoch import Learner
 from engine.parts import build_learner, build_loaders, build_model, frame_for
 from utils.config import DataConfig, Hyp, TrainConfig
 from utils.dataset import DetectionDataset
-from utils.device import describe_device, seed_everything, select_device
+from utils.device import describe_device, seed_everything, select_device, to_network_input
 from utils.dist import World
 
 # (images/s with its loader, images/s replaying, peak GB allocated)

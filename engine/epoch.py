@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from utils.console import LOGGER, progress
-from utils.device import memory_gb
+from utils.device import memory_gb, to_network_input
 from utils.dist import World
 from utils.ema import ModelEMA
 from utils.errors import ResourceError, UserError
@@ -74,14 +74,6 @@ class EpochResult:
     losses: Tensor
     lr: dict[str, float]
     images_per_second: float
-
-
-def to_network_input(images: Tensor, device: torch.device) -> Tensor:
-    """uint8 (B, 3, H, W) on any device -> float32 in 0..1 on ``device``, channels-last on CUDA (cuDNN's fast order)."""
-    images = images.to(device, non_blocking=True)
-    if device.type == "cuda":
-        images = images.contiguous(memory_format=torch.channels_last)
-    return images.float().div_(255)
 
 
 def resize_batch(images: Tensor, rng: np.random.Generator, imgsz: int, stride: int) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from utils.boxes import cxcywh_to_xyxy, scale_to_original
 from utils.confusion import ConfusionMatrix
 from utils.console import LOGGER, progress
+from utils.device import to_network_input
 from utils.metrics import TABLE_HEADER, Metrics, ap_per_class, iou_thresholds, match_predictions
 from utils.nms import check_thresholds, non_max_suppression
 
@@ -81,7 +82,7 @@ def evaluate(
         for batch in progress(loader, desc=TABLE_HEADER, enabled=show_progress):
             shape = shape or tuple(batch.images.shape)
             with times.stage("pre-process"):
-                images = batch.images.to(device, non_blocking=True).float() / 255
+                images = to_network_input(batch.images, device)
                 targets = batch.targets.to(device, non_blocking=True)
             with times.stage("inference"), torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
                 decoded, raw = _forward(model, images)

@@ -18,7 +18,7 @@ from models.tta import augmented_forward
 from utils.augmentations import Letterbox, letterbox, letterbox_fit
 from utils.boxes import scale_to_original
 from utils.console import LOGGER
-from utils.device import select_device
+from utils.device import select_device, to_network_input
 from utils.errors import ConfigError, SourceError, did_you_mean
 from utils.images import read_image
 from utils.nms import check_thresholds, non_max_suppression
@@ -126,9 +126,8 @@ class Detector:
         else:
             shape = self._common_shape(images, imgsz)
             boxed = [letterbox(image, shape, auto=False, stride=self.stride) for image in images]
-        stacked = np.stack([image for image, _ in boxed]).transpose(0, 3, 1, 2)
-        batch = torch.from_numpy(np.ascontiguousarray(stacked)).to(self.device)
-        return batch.to(self.dtype) / 255, [box for _, box in boxed]
+        batch = torch.from_numpy(np.stack([image for image, _ in boxed])).permute(0, 3, 1, 2)
+        return to_network_input(batch, self.device, self.dtype), [box for _, box in boxed]
 
     def _common_shape(self, images: Sequence[np.ndarray], imgsz: tuple[int, int]) -> tuple[int, int]:
         sizes = [letterbox_fit(image.shape[:2], imgsz).size for image in images]

@@ -65,7 +65,9 @@ def seed_everything(seed: int, deterministic: bool = False) -> None:
         torch.utils.deterministic.fill_uninitialized_memory = False
     if torch.cuda.is_available():
         torch.backends.cudnn.deterministic = deterministic
-        torch.backends.cudnn.benchmark = not deterministic
+        torch.backends.cudnn.benchmark = (
+            False  # measured on an H100: no faster in channels-last order, 4 to 20 s to start
+        )
 
 
 def amp_dtype(choice: str, device: torch.device) -> torch.dtype | None:

@@ -33,8 +33,10 @@ def new_figure(rows: int = 1, columns: int = 1, size: tuple[float, float] = (9, 
 
 def save_figure(figure: Figure, file: str | Path, dpi: int = 200) -> None:
     """Write a figure in the format of the suffix. Raises ResourceError when the disk refuses."""
+    # light compression: the default spends more time squeezing the few colours than drawing them
+    options = {"pil_kwargs": {"compress_level": 1}} if Path(file).suffix == ".png" else {}
     try:
-        figure.savefig(str(file), dpi=dpi)
+        figure.savefig(str(file), dpi=dpi, **options)
     except OSError as error:
         raise ResourceError(f"{file}: the picture cannot be written ({error.strerror or error})") from None
 

@@ -33,6 +33,7 @@ demo: setup
 bench: setup
 	$(PY) -m benchmarks.startup
 	$(PY) -m benchmarks.dataloader
+	$(PY) -m benchmarks.nms
 	$(PY) -m benchmarks.inference_cpu
 
 clean:

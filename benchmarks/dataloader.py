@@ -1,6 +1,6 @@
 """Speed of the data path: images a second on one core, from disk and from memory, against two yardsticks.
 
-    python benchmarks/dataloader.py [--data data/bccd.yaml] [--imgsz 640] [--batch-size 16] [--workers 0 1 2]
+    python -m benchmarks.dataloader [--data bccd.yaml] [--imgsz 640] [--batch-size 16] [--workers 0 1 2]
 
 Yardsticks, measured in the same process and turn by turn with ours, on the same images and draws:
   plain canvas   the mosaic painted on a canvas of twice the size, warped whole in three channels, colours by three
@@ -11,28 +11,23 @@ Yardsticks, measured in the same process and turn by turn with ours, on the same
 from __future__ import annotations
 
 import argparse
-import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from datetime import date
 from functools import partial
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, from anywhere
+import cv2
+import numpy as np
+import torch
 
-import cv2  # noqa: E402
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-
-from utils.augmentations import draw_hsv, draw_perspective, hsv_tables, warp_labels  # noqa: E402
-from utils.config import DataConfig  # noqa: E402
-from utils.dataloaders import DetectionLoader, create_dataloader  # noqa: E402
-from utils.dataset import DetectionDataset, Draw, Sample, to_unit  # noqa: E402
-from utils.errors import run_cli  # noqa: E402
-from utils.images import read_image  # noqa: E402
-from utils.mosaic import draw_centre, mosaic_labels, paste_tiles, place_tiles  # noqa: E402
+from benchmarks.report import cpu_name, heading, table
+from utils.augmentations import draw_hsv, draw_perspective, hsv_tables, warp_labels
+from utils.config import DataConfig
+from utils.dataloaders import DetectionLoader, create_dataloader
+from utils.dataset import DetectionDataset, Draw, Sample, to_unit
+from utils.errors import run_cli
+from utils.images import read_image
+from utils.mosaic import draw_centre, mosaic_labels, paste_tiles, place_tiles
 
 
 class PlainCanvas(DetectionDataset):
@@ -139,15 +134,9 @@ def main(argv: list[str]) -> None:
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
     config = DataConfig.load(args.data)
-    table = compare(config, args)
-    print(
-        f"\n{platform.processor() or platform.machine()}, {date.today()}, Python {platform.python_version()}, ", end=""
-    )
-    print(f"torch {torch.__version__}, OpenCV {cv2.__version__}, numpy {np.__version__}")
-    print(f"`python benchmarks/dataloader.py {' '.join(argv)}`; mosaic {args.imgsz}, batch {args.batch_size}\n")
-    print("| case | ours, images/s | plain canvas | ratio | limit | of the limit |\n|---|---|---|---|---|---|")
-    for line in table:
-        print("| " + " | ".join(line) + " |")
+    rows = compare(config, args)
+    print(heading(f"{cpu_name()}; mosaic {args.imgsz} px, batch {args.batch_size}"))
+    print(table(["case", "ours, images/s", "plain canvas", "ratio", "limit", "of the limit"], rows))
 
 
 if __name__ == "__main__":

@@ -54,7 +54,8 @@ def forward_ms(weights: Path, imgsz: int, repeats: int = 5) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="bccd.yaml")
-    parser.add_argument("--weights", nargs="+", required=True, metavar="NAME=FILE")
+    demo = "yolov5n-dcn=data/demo/yolov5n-dcn-start.pt"
+    parser.add_argument("--weights", nargs="+", default=[demo], metavar="NAME=FILE")
     parser.add_argument("--imgsz", type=int, default=640)
     args = parser.parse_args()
     folder = DataConfig.load(args.data).val[0]

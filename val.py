@@ -113,7 +113,7 @@ def run(**kwargs: Any) -> Metrics:
 def measure(args: argparse.Namespace) -> Metrics:
     """Carry out one task. Only from here on is anything heavy imported: --help and a wrong flag answer at once."""
     data = DataConfig.load(args.data, args.single_cls)
-    data.split(args.task if args.task in ("train", "test") else "val")
+    data.split(split_of(args))
 
     from utils.console import LOGGER, setup_console
     from utils.device import select_device
@@ -273,13 +273,14 @@ def study(
     from utils.console import LOGGER
     from utils.curves import plot_study
     from utils.files import atomic_write
+    from utils.stages import STAGES
 
     curves: dict[str, list[list[float]]] = {}
     for weights, model in zip(args.weights, models):
         stem, lines = Path(weights).stem, []
         for size in STUDY_SIZES:
             metrics = one_pass(argparse.Namespace(**{**vars(args), "imgsz": size}), data, model, device)
-            speed = [metrics.speed.get(stage, 0.0) for stage in ("pre-process", "inference", "NMS")]
+            speed = [metrics.speed.get(stage, 0.0) for stage in STAGES]
             lines.append(" ".join(f"{value:10.4g}" for value in (size, *metrics.row(), *speed)) + "\n")
             curves.setdefault(stem, []).append([size, metrics.map50, metrics.map, speed[1] + speed[2]])
             LOGGER.info(metrics.table(data.names, verbose=False))

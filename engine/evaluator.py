@@ -5,8 +5,6 @@ Files (labels, JSON, pictures) are written by observers, engine/eval_outputs.py;
 
 from __future__ import annotations
 
-import time
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +20,7 @@ from utils.console import LOGGER, progress
 from utils.device import to_network_input
 from utils.metrics import TABLE_HEADER, Metrics, ap_per_class, iou_thresholds, match_predictions
 from utils.nms import check_thresholds, non_max_suppression
+from utils.stages import STAGES, StageTimes
 
 if TYPE_CHECKING:
     from utils.dataloaders import Batch
@@ -78,17 +77,18 @@ def evaluate(
     check_thresholds(conf_thres, iou_thres, max_det)
     times, losses, tally = StageTimes(device), _MeanLosses(), _Tally(len(names))
     shape: tuple[int, ...] = ()
+    pre_process, inference, nms = STAGES
     with _eval_mode(model), torch.inference_mode():
         for batch in progress(loader, desc=TABLE_HEADER, enabled=show_progress):
             shape = shape or tuple(batch.images.shape)
-            with times.stage("pre-process"):
+            with times.stage(pre_process):
                 images = to_network_input(batch.images, device)
                 targets = batch.targets.to(device, non_blocking=True)
-            with times.stage("inference"), torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
+            with times.stage(inference), torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
                 decoded, raw = _forward(model, images)
             if criterion is not None:
                 losses.add(criterion(raw, targets))
-            with times.stage("NMS"):
+            with times.stage(nms):
                 detections = non_max_suppression(
                     decoded,
                     conf_thres,
@@ -192,44 +192,10 @@ class _MeanLosses:
         self._batches = 0
 
     def add(self, parts: Any) -> None:
-        self._sum = self._sum + torch.stack([torch.as_tensor(x).float() for x in (parts.box, parts.obj, parts.cls)])
+        self._sum = self._sum + parts.items.float()
         self._batches += 1
 
     def mean(self) -> tuple[float, float, float]:
         if not self._batches:
             return (0.0, 0.0, 0.0)
         return tuple((self._sum / self._batches).reshape(3).tolist())
-
-
-class StageTimes:
-    """Time of each named stage. On CUDA, events in the stream are read at the end, so that measuring waits for
-    nothing; elsewhere the clock is read."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device, self._cuda = device, device.type == "cuda"
-        self._seconds: dict[str, float] = defaultdict(float)
-        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Add the time of the block to stage ``name``."""
-        self._seconds[name] += 0.0  # stages are reported in the order they first ran
-        if self._cuda:
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record(torch.cuda.current_stream(self._device))
-            yield
-            end.record(torch.cuda.current_stream(self._device))
-            self._events.append((name, start, end))
-        else:
-            begin = time.perf_counter()
-            yield
-            self._seconds[name] += time.perf_counter() - begin
-
-    def per_image(self, images: int) -> dict[str, float]:
-        """Milliseconds an image of each stage, in the order they first ran."""
-        if self._cuda:
-            torch.cuda.synchronize(self._device)
-        for name, start, end in self._events:
-            self._seconds[name] += start.elapsed_time(end) / 1000
-        self._events.clear()
-        return {name: 1000 * seconds / max(images, 1) for name, seconds in self._seconds.items()}

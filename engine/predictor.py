@@ -13,10 +13,11 @@ from engine.feature_maps import record_features, save_features
 from engine.window import Window
 from engine.writers import ResultWriter
 from models.api import Detector
-from models.results import count_classes, speed_line
+from models.results import count_classes
 from utils.console import LOGGER, plural
 from utils.frames import Frame, Source
 from utils.safe_names import UniqueNames, printable
+from utils.stages import STAGES, speed_line
 
 
 @dataclass
@@ -104,7 +105,7 @@ def frame_line(
 def closing_lines(summary: Summary, writer: ResultWriter, saved: bool) -> None:
     """Say how fast it was and, when anything was ``saved``, where it is."""
     if summary.frames:
-        LOGGER.info(speed_line(summary.speed, summary.shape))
+        LOGGER.info(speed_line(dict(zip(STAGES, summary.speed)), summary.shape))
     if saved:
         LOGGER.info(f"Results saved to {writer.folder}")
     if writer.options.text:

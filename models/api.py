@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from utils.device import select_device, to_network_input
 from utils.errors import ConfigError, SourceError, did_you_mean
 from utils.images import read_image
 from utils.nms import check_thresholds, non_max_suppression
+from utils.stages import STAGES, StageTimes
 
 ImageLike = Any  # str | Path | PIL.Image.Image | np.ndarray (H, W, 3) RGB uint8
 SETTINGS = ("conf", "iou", "agnostic", "multi_label", "classes", "max_det", "amp", "augment")
@@ -100,24 +100,25 @@ class Detector:
         falling confidence; milliseconds an image for pre-processing, inference and NMS; the network input's shape.
         """
         self.check()
-        clock = [self._now()]
-        batch, letterboxes = self.prepare(images, imgsz)
-        clock.append(self._now())
-        decoded = self.forward(batch)
-        clock.append(self._now())
-        found = non_max_suppression(
-            decoded,
-            self.conf,
-            self.iou,
-            classes=self.classes,
-            agnostic=self.agnostic,
-            multi_label=self.multi_label,
-            max_det=self.max_det,
-        )
-        boxes = [to_original(rows, tuple(batch.shape[2:]), box) for rows, box in zip(found, letterboxes)]
-        clock.append(self._now())
-        pre, inference, nms = (1000 * (b - a) / len(images) for a, b in zip(clock, clock[1:]))
-        return boxes, (pre, inference, nms), tuple(batch.shape)
+        times = StageTimes(self.device)
+        pre_process, inference, nms = STAGES
+        with times.stage(pre_process):
+            batch, letterboxes = self.prepare(images, imgsz)
+        with times.stage(inference):
+            decoded = self.forward(batch)
+        with times.stage(nms):
+            found = non_max_suppression(
+                decoded,
+                self.conf,
+                self.iou,
+                classes=self.classes,
+                agnostic=self.agnostic,
+                multi_label=self.multi_label,
+                max_det=self.max_det,
+            )
+            boxes = [to_original(rows, tuple(batch.shape[2:]), box) for rows, box in zip(found, letterboxes)]
+        milliseconds = times.per_image(len(images))
+        return boxes, tuple(milliseconds[stage] for stage in STAGES), tuple(batch.shape)
 
     def prepare(self, images: Sequence[np.ndarray], imgsz: tuple[int, int]) -> tuple[Tensor, list[Letterbox]]:
         """Letterbox to the smallest common rectangle of stride multiples; (B, 3, H, W) in 0..1 on the device."""
@@ -145,11 +146,6 @@ class Detector:
         """One forward of an empty image on a GPU, so that the first picture is not timed with the start-up."""
         if self.device.type == "cuda":
             self.forward(torch.zeros(1, 3, *imgsz, device=self.device, dtype=self.dtype))
-
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
 
 
 def load(weights: str | Path | Sequence[str | Path], device: str = "", half: bool = False, **settings: Any) -> Detector:

@@ -18,6 +18,7 @@ from utils.crops import crop_box
 from utils.files import new_run_dir
 from utils.plots import class_colour, draw_detections, write_image
 from utils.safe_names import UniqueNames, class_folders, printable
+from utils.stages import STAGES, speed_line
 
 COLUMNS = {
     "xyxy": ("xmin", "ymin", "xmax", "ymax", "confidence", "class", "name"),
@@ -72,7 +73,7 @@ class Results:
             f"image {i}/{self.n}: {im.shape[0]}x{im.shape[1]} {count_classes(p[:, 5].tolist(), self.names)}"
             for i, (im, p) in enumerate(zip(self.ims, self.pred), 1)
         ]
-        return "\n".join([*lines, speed_line(self.t, self.s)])
+        return "\n".join([*lines, speed_line(dict(zip(STAGES, self.t)), self.s)])
 
     def __repr__(self) -> str:
         return f"<Results of {self.n} images, {sum(len(p) for p in self.pred)} detections>"
@@ -167,10 +168,3 @@ def count_classes(classes: list[float], names: dict[int, str]) -> str:
         return "(no detections)"
     words = [f"{n} {printable(names.get(c, f'class{c}'))}{'s' if n > 1 else ''}" for c, n in counts]
     return ", ".join(words)
-
-
-def speed_line(times: tuple[float, float, float], shape: tuple[int, ...]) -> str:
-    """``Speed: 0.2ms pre-process, 5.1ms inference, 1.0ms NMS per image at shape (1, 3, 640, 640)``."""
-    pre, inference, nms = times
-    stages = f"{pre:.1f}ms pre-process, {inference:.1f}ms inference, {nms:.1f}ms NMS"
-    return f"Speed: {stages} per image at shape {tuple(shape)}"

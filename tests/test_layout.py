@@ -18,7 +18,8 @@ SCRIPTS = ("train", "val", "detect", "export")
 LEVELS = (
     """
 utils.errors utils.console utils.boxes utils.augmentations utils.frames utils.crops utils.safe_names utils.label_index \
-    utils.assign utils.autoanchor utils.dcn_watch utils.early_stopping utils.ema models.activations models.ops.*
+    utils.assign utils.autoanchor utils.dcn_watch utils.early_stopping utils.ema utils.stages \
+    models.activations models.ops.*
 utils.files utils.device utils.dist utils.images utils.labels utils.mosaic utils.plots utils.curves utils.nms \
     utils.metrics utils.confusion utils.coco utils.optim utils.autobatch utils.streams models.common models.head
 utils.config utils.checkpoint utils.cli utils.loggers utils.label_cache utils.sources \

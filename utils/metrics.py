@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from utils.boxes import box_iou
+from utils.stages import speed_line
 
 CURVE_POINTS = 1000
 """Samples of each curve between 0 and 1."""
@@ -223,8 +224,7 @@ class Metrics:
 
     def speed_line(self) -> str:
         """``Speed: 0.1ms pre-process, 8.0ms inference, ...`` an image."""
-        parts = ", ".join(f"{ms:.1f}ms {stage}" for stage, ms in self.speed.items())
-        return f"Speed: {parts} per image at shape {self.shape}"
+        return speed_line(self.speed, self.shape)
 
 
 TABLE_HEADER = ("%22s" + "%11s" * 6) % ("Class", "Images", "Instances", "P", "R", "mAP50", "mAP50-95")

@@ -10,6 +10,7 @@ from torch import nn
 from engine.eval_outputs import BatchPictures, CocoCollector, LabelWriter, save_curves
 from engine.evaluator import CPU_CHUNK, evaluate
 from utils.errors import ConfigError
+from utils.loss import LossParts
 
 NAMES = {0: "a", 1: "b"}
 CPU = torch.device("cpu")
@@ -101,7 +102,8 @@ def test_large_batches_run_in_chunks_on_the_cpu():
 def recording_criterion(seen):
     def criterion(raw, targets):
         seen.append((len(raw), len(raw[0]), len(targets)))
-        return SimpleNamespace(box=torch.tensor(len(seen)), obj=torch.tensor(2.0), cls=torch.tensor([0.5])[0])
+        box = torch.tensor(float(len(seen)))
+        return LossParts(total=box, box=box, obj=torch.tensor(2.0), cls=torch.tensor(0.5))
 
     return criterion
 

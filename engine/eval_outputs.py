@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from utils import coco, curves
-from utils.boxes import xyxy_to_cxcywh
 from utils.console import LOGGER
 from utils.files import atomic_write
+from utils.labels import format_detections
 from utils.metrics import Metrics
 from utils.plots import plot_batch
 from utils.safe_names import UniqueNames
@@ -40,17 +40,12 @@ class LabelWriter:
 
     def __call__(self, batch: Batch, detections: Sequence[Tensor], results: Sequence[ImageResult]) -> None:
         for result in results:
+            file = self.folder / f"{self._names.take(Path(result.path).stem)}.txt"
             if not len(result.detections):
+                file.unlink(missing_ok=True)  # left by an earlier run of the same folder
                 continue
-            height, width = result.size
-            boxes = xyxy_to_cxcywh(result.detections[:, :4]) / result.detections.new_tensor([width, height] * 2)
-            lines = []
-            for box, conf, cls in zip(
-                boxes.tolist(), result.detections[:, 4].tolist(), result.detections[:, 5].tolist()
-            ):
-                values = [int(cls), *box, *([conf] if self.with_confidence else [])]
-                lines.append(" ".join(f"{value:g}" for value in values) + "\n")
-            atomic_write(self.folder / f"{self._names.take(Path(result.path).stem)}.txt", "".join(lines))
+            text = format_detections(result.detections.numpy(), result.size, self.with_confidence)
+            atomic_write(file, text)
             self.files += 1
 
 

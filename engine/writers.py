@@ -13,10 +13,10 @@ import numpy as np
 from torch import Tensor
 
 from models.results import draw_boxes
-from utils.boxes import xyxy_to_cxcywh
 from utils.crops import crop_box, picture_suffix
 from utils.errors import ResourceError
 from utils.frames import Frame
+from utils.labels import format_detections
 from utils.plots import write_image
 from utils.safe_names import UniqueNames, class_folders, spreadsheet_text
 
@@ -118,7 +118,8 @@ class ResultWriter:
             return
         height, width = frame.image.shape[:2]
         options = self.options
-        text = label_lines(detections, height, width, options.text_confidence, options.corners)
+        rows = detections.flip(0).numpy()  # the least confident first
+        text = format_detections(rows, (height, width), options.text_confidence, options.corners)
         path.write_text(text, encoding="utf-8")
         self.labels_written += 1
 
@@ -187,16 +188,3 @@ class Table:
     def close(self) -> None:
         """Flush and close the file."""
         self._file.close()
-
-
-def label_lines(detections: Tensor, height: int, width: int, confidence: bool, corners: bool) -> str:
-    """(n, 6) detections in pixels as label text, least confident first: ``class cx cy w h [confidence]`` per line,
-    divided by the image's width and height; with ``corners`` x1 y1 x2 y2 in place of centre and size."""
-    rows = detections.flip(0).double()
-    boxes = rows[:, :4] if corners else xyxy_to_cxcywh(rows[:, :4])
-    boxes = boxes / boxes.new_tensor([width, height, width, height])
-    lines = []
-    for box, (conf, cls) in zip(boxes.tolist(), rows[:, 4:].tolist()):
-        values = [int(cls), *box, conf] if confidence else [int(cls), *box]
-        lines.append(" ".join(f"{value:g}" for value in values))
-    return "".join(f"{line}\n" for line in lines)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from utils.boxes import xyxy_to_cxcywh
 from utils.errors import DataError
 
 TOLERANCE = 0.01
@@ -147,3 +148,19 @@ def _is_number(text: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def format_detections(
+    detections: np.ndarray, size: tuple[int, int], with_confidence: bool = False, corners: bool = False
+) -> str:
+    """(n, 6) x1, y1, x2, y2 in pixels of an image of ``size`` (height, width), confidence, class -> the text of a
+    label file: ``class cx cy w h [confidence]`` a row, in 0..1, in the order given. ``corners`` writes x1 y1 x2 y2
+    instead of centre and size."""
+    rows = np.asarray(detections, np.float64)
+    boxes = rows[:, :4] if corners else xyxy_to_cxcywh(rows[:, :4])
+    boxes = boxes / np.array([size[1], size[0], size[1], size[0]])
+    lines = []
+    for box, (conf, cls) in zip(boxes.tolist(), rows[:, 4:].tolist()):
+        values = [int(cls), *box, conf] if with_confidence else [int(cls), *box]
+        lines.append(" ".join(f"{value:g}" for value in values) + "\n")
+    return "".join(lines)

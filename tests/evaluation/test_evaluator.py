@@ -1,6 +1,7 @@
 """evaluate() with a model and a loader that are made up: what counts is what the pass does with their output."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -178,3 +179,12 @@ def test_on_a_gpu_it_gives_the_same_and_times_each_stage(dtype):
     )
     assert metrics.map == pytest.approx(0.995)
     assert all(ms > 0 for ms in metrics.speed.values())
+
+
+def test_label_files_of_an_earlier_run_do_not_stay(tmp_path):
+    """--exist-ok: a file for an image in which nothing is found any more would be read as a detection."""
+    (tmp_path / "labels").mkdir()
+    stale = tmp_path / "labels" / f"{Path(make_batch(1).paths[0]).stem}.txt"
+    stale.write_text("0 0.5 0.5 0.1 0.1\n")
+    run(Oracle(), [make_batch(1)], conf_thres=0.999, observers=[LabelWriter(tmp_path / "labels", False)])
+    assert not stale.exists()

@@ -17,7 +17,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from utils.cli import Parser, add_run_flags, check_weights, image_size_flag, keywords_to_argv
+from utils.cli import (
+    Parser,
+    add_detection_flags,
+    add_label_file_flags,
+    add_run_flags,
+    add_weights_flag,
+    check_detection_flags,
+    image_size_flag,
+    keywords_to_argv,
+)
 from utils.errors import ConfigError, run_cli
 from utils.files import ROOT
 
@@ -34,8 +43,7 @@ def build_parser() -> Parser:
 
 
 def _add_input_flags(group: argparse._ArgumentGroup) -> None:
-    weights = "checkpoint; several make an ensemble (default: yolov5s.pt)"
-    group.add_argument("--weights", nargs="+", default=["yolov5s.pt"], metavar="PT", help=weights)
+    add_weights_flag(group)
     source = (
         "file, folder, glob, list.txt, list.streams, webcam number, URL of a stream, "
         "'screen [number] [left top width height]' (default: data/images)"
@@ -49,27 +57,17 @@ def _add_input_flags(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_detection_flags(group: argparse._ArgumentGroup) -> None:
-    conf = "lowest confidence shown (default: 0.25)"
-    group.add_argument("--conf-thres", type=float, default=0.25, metavar="P", help=conf)
-    iou = "NMS removes boxes that overlap a better one by more (default: 0.45)"
-    group.add_argument("--iou-thres", type=float, default=0.45, metavar="IOU", help=iou)
-    most = "at most so many detections an image (default: 1000)"
-    group.add_argument("--max-det", type=int, default=1000, metavar="N", help=most)
+    add_detection_flags(group, conf=0.25, iou=0.45, max_det=1000)
     group.add_argument("--classes", nargs="+", type=int, metavar="N", help="only these class numbers")
     agnostic = "boxes of different classes suppress each other too"
     group.add_argument("--agnostic-nms", action="store_true", help=agnostic)
-    augment = "look at flipped and scaled copies as well: slower, finds a little more"
-    group.add_argument("--augment", action="store_true", help=augment)
-    group.add_argument("--half", action="store_true", help="float16, on a GPU")
 
 
 def _add_output_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--nosave", action="store_true", help="no annotated pictures and videos")
-    text = "labels/NAME.txt: class cx cy w h, in parts of the image size"
-    group.add_argument("--save-txt", action="store_true", help=text)
+    add_label_file_flags(group)
     form = "of --save-txt: 0 cx cy w h, 1 x1 y1 x2 y2 (default: 0)"
     group.add_argument("--save-format", type=int, choices=[0, 1], default=0, help=form)
-    group.add_argument("--save-conf", action="store_true", help="confidence as a last column of --save-txt")
     group.add_argument("--save-csv", action="store_true", help="predictions.csv: image name, class, confidence")
     group.add_argument("--save-crop", action="store_true", help="crops/CLASS/NAME.jpg: each detection cut out")
     group.add_argument("--visualize", action="store_true", help="feature maps of each layer, pictures and .npy")
@@ -89,10 +87,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     args = build_parser().parse_args(argv)
     if args.line_thickness < 0:
         raise ConfigError(f"--line-thickness {args.line_thickness}: expected 0 or more")
-    if args.save_conf and not args.save_txt:
-        raise ConfigError("--save-conf: a column of the label files; add --save-txt")
-    for weights in args.weights:
-        check_weights(weights)
+    check_detection_flags(args)
     return args
 
 

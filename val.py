@@ -17,7 +17,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.cli import Parser, add_run_flags, check_weights, image_size_flag, keywords_to_argv
+from utils.cli import (
+    Parser,
+    add_detection_flags,
+    add_label_file_flags,
+    add_run_flags,
+    add_weights_flag,
+    check_detection_flags,
+    image_size_flag,
+    keywords_to_argv,
+)
 from utils.config import DataConfig
 from utils.errors import ConfigError, run_cli
 from utils.files import ROOT
@@ -37,8 +46,7 @@ def build_parser() -> Parser:
     """The flags, in the groups that --help shows."""
     parser = Parser(prog="val.py", description="Measure a detector on a labelled split.")
     inputs = parser.add_argument_group("model and data")
-    weights = "checkpoint; several make an ensemble (default: yolov5s.pt)"
-    inputs.add_argument("--weights", nargs="+", default=["yolov5s.pt"], metavar="PT", help=weights)
+    add_weights_flag(inputs)
     inputs.add_argument("--data", default="data/coco128.yaml", help="dataset YAML (default: %(default)s)")
     task = "split to measure; speed: times alone; study: val over image sizes 256 to 1536 (default: val)"
     inputs.add_argument("--task", choices=TASKS, default="val", help=task)
@@ -47,25 +55,14 @@ def build_parser() -> Parser:
     inputs.add_argument("--workers", type=int, default=8, help="data loading processes, at most (default: %(default)s)")
     inputs.add_argument("--single-cls", action="store_true", help="treat all classes as one")
 
-    detection = parser.add_argument_group("detection")
-    conf = "lowest confidence kept; more than 0.001 cuts the curves short (default: 0.001)"
-    detection.add_argument("--conf-thres", type=float, default=0.001, metavar="P", help=conf)
-    iou = "NMS removes boxes that overlap a better one by more (default: 0.6)"
-    detection.add_argument("--iou-thres", type=float, default=0.6, metavar="IOU", help=iou)
-    most = "at most so many detections an image (default: 300)"
-    detection.add_argument("--max-det", type=int, default=300, metavar="N", help=most)
-    augment = "look at flipped and scaled copies as well: slower, finds a little more"
-    detection.add_argument("--augment", action="store_true", help=augment)
-    detection.add_argument("--half", action="store_true", help="float16, on a GPU")
+    # a higher --conf-thres cuts the curves short
+    add_detection_flags(parser.add_argument_group("detection"), conf=0.001, iou=0.6, max_det=300)
 
     output = parser.add_argument_group("what to write")
     output.add_argument("--verbose", action="store_true", help="one row a class even with 50 classes or more")
-    output.add_argument(
-        "--save-txt", action="store_true", help="labels/NAME.txt: class cx cy w h, in parts of the image"
-    )
+    add_label_file_flags(output)
     hybrid = "labels join the detections before NMS and --save-txt: inflates every score"
     output.add_argument("--save-hybrid", action="store_true", help=hybrid)
-    output.add_argument("--save-conf", action="store_true", help="confidence as a last column of --save-txt")
     output.add_argument("--save-json", action="store_true", help="WEIGHTS_predictions.json in COCO's format")
     output.add_argument("--noplots", action="store_true", help="draw no pictures")
     add_run_flags(parser, "runs/val")
@@ -79,20 +76,13 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         ("--batch-size", args.batch_size, 1),
         ("--imgsz", args.imgsz, 32),
         ("--workers", args.workers, 0),
-        ("--max-det", args.max_det, 1),
     ):
         if value < least:
             raise ConfigError(f"{flag} {value}: must be at least {least}")
-    for flag, value in (("--conf-thres", args.conf_thres), ("--iou-thres", args.iou_thres)):
-        if not 0 <= value <= 1:
-            raise ConfigError(f"{flag} {value}: must lie between 0 and 1")
     args.save_txt |= args.save_hybrid
-    if args.save_conf and not args.save_txt:
-        raise ConfigError("--save-conf: a column of the label files; add --save-txt")
+    check_detection_flags(args)
     if args.task == "speed":
         args.conf_thres, args.iou_thres, args.half = 0.25, 0.45, True
-    for weights in args.weights:
-        check_weights(weights)
     return args
 
 

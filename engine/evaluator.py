@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from utils.boxes import cxcywh_to_xyxy, scale_to_original
+from utils.config import check_thresholds
 from utils.confusion import ConfusionMatrix
 from utils.console import LOGGER, progress
 from utils.device import to_network_input
 from utils.metrics import TABLE_HEADER, Metrics, ap_per_class, iou_thresholds, match_predictions
-from utils.nms import check_thresholds, non_max_suppression
+from utils.nms import non_max_suppression
 from utils.stages import STAGES, StageTimes
 
 if TYPE_CHECKING:

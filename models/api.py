@@ -16,11 +16,12 @@ from models.results import Results
 from models.tta import augmented_forward
 from utils.augmentations import Letterbox, letterbox, letterbox_fit
 from utils.boxes import scale_to_original
+from utils.config import check_thresholds
 from utils.console import LOGGER
 from utils.device import select_device, to_network_input
 from utils.errors import ConfigError, SourceError, did_you_mean
 from utils.images import read_image
-from utils.nms import check_thresholds, non_max_suppression
+from utils.nms import non_max_suppression
 from utils.stages import STAGES, StageTimes
 
 ImageLike = Any  # str | Path | PIL.Image.Image | np.ndarray (H, W, 3) RGB uint8

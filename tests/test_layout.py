@@ -20,11 +20,11 @@ LEVELS = (
 utils.errors utils.console utils.boxes utils.augmentations utils.frames utils.crops utils.safe_names utils.label_index \
     utils.assign utils.autoanchor utils.dcn_watch utils.early_stopping utils.ema utils.stages \
     models.activations models.ops.*
-utils.files utils.device utils.dist utils.images utils.labels utils.mosaic utils.plots utils.curves utils.nms \
+utils.files utils.device utils.dist utils.images utils.labels utils.mosaic utils.plots utils.curves \
     utils.metrics utils.confusion utils.coco utils.optim utils.autobatch utils.streams models.common models.head
-utils.config utils.checkpoint utils.cli utils.loggers utils.label_cache utils.sources \
+utils.config utils.checkpoint utils.loggers utils.label_cache utils.sources \
     models.extra models.ghost models.transformer models.spec models.surgery models.summary models.results
-utils.check_data utils.image_cache utils.loss utils.schedule models.parser
+utils.cli utils.nms utils.check_data utils.image_cache utils.loss utils.schedule models.parser
 utils.dataset models.yolo
 utils.dataloaders models.ensemble
 models.loading models.tta

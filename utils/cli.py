@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from utils.config import check_thresholds
 from utils.errors import CheckpointError, ConfigError, did_you_mean
 from utils.files import ROOT
 
@@ -83,6 +84,47 @@ def image_size_flag(parser: Any, default: int = 640, nargs: str | None = None) -
         "--imgsz", "--img", "--img-size", type=int, default=default if nargs is None else [default], nargs=nargs,
         metavar="PIXELS", help=f"network input size, a multiple of 32 (default: {default})",
     )  # fmt: skip
+
+
+def add_detection_flags(group: Any, conf: float, iou: float, max_det: int) -> None:
+    """--conf-thres --iou-thres --max-det --augment --half of val.py and detect.py, with their own defaults.
+
+    What the flags may be is checked by :func:`utils.config.check_thresholds`.
+    """
+    group.add_argument(
+        "--conf-thres", type=float, default=conf, metavar="P", help="lowest confidence kept (default: %(default)s)"
+    )
+    most = "NMS removes boxes that overlap a better one by more (default: %(default)s)"
+    group.add_argument("--iou-thres", type=float, default=iou, metavar="IOU", help=most)
+    group.add_argument(
+        "--max-det", type=int, default=max_det, metavar="N", help="most detections an image (default: %(default)s)"
+    )
+    augment = "look at flipped and scaled copies as well: slower, finds a little more"
+    group.add_argument("--augment", action="store_true", help=augment)
+    group.add_argument("--half", action="store_true", help="float16, on a GPU")
+
+
+def add_weights_flag(group: Any) -> None:
+    """--weights of val.py and detect.py: one file or several."""
+    weights = "checkpoint; several make an ensemble (default: yolov5s.pt)"
+    group.add_argument("--weights", nargs="+", default=["yolov5s.pt"], metavar="PT", help=weights)
+
+
+def add_label_file_flags(group: Any) -> None:
+    """--save-txt --save-conf of val.py and detect.py."""
+    text = "labels/NAME.txt: class cx cy w h, in parts of the image size"
+    group.add_argument("--save-txt", action="store_true", help=text)
+    group.add_argument("--save-conf", action="store_true", help="confidence as a last column of --save-txt")
+
+
+def check_detection_flags(args: argparse.Namespace) -> None:
+    """What val.py and detect.py check alike. Raises ConfigError for a threshold out of range or --save-conf without
+    --save-txt, CheckpointError for weights that are not there."""
+    check_thresholds(args.conf_thres, args.iou_thres, args.max_det)
+    if args.save_conf and not args.save_txt:
+        raise ConfigError("--save-conf: a column of the label files; add --save-txt")
+    for weights in args.weights:
+        check_weights(weights)
 
 
 def check_weights(weights: str) -> None:

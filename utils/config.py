@@ -16,6 +16,16 @@ from typing import Any
 from utils.errors import ConfigError, DataError, did_you_mean
 from utils.files import ROOT, YamlFile, find_file, load_yaml
 
+
+def check_thresholds(conf_thres: float, iou_thres: float, max_det: int = 1) -> None:
+    """Raise ConfigError, naming the flag, unless both thresholds lie in 0..1 and ``max_det`` is at least 1."""
+    for flag, value in (("--conf-thres", conf_thres), ("--iou-thres", iou_thres)):
+        if not 0 <= value <= 1:
+            raise ConfigError(f"{flag} {value}: must lie between 0 and 1")
+    if max_det < 1:
+        raise ConfigError(f"--max-det {max_det}: must be at least 1")
+
+
 # key: (lowest, highest) value that makes sense; outside it a training cannot work
 _HYP_RANGES = {
     "lr0": (0, 10),

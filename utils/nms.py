@@ -9,7 +9,7 @@ from torch import Tensor
 from torchvision.ops import nms
 
 from utils.boxes import cxcywh_to_xyxy
-from utils.errors import ConfigError
+from utils.config import check_thresholds
 
 CLASS_OFFSET = 7680.0
 """Boxes of different classes are moved apart by at least this many pixels, so that one call serves all classes."""
@@ -55,15 +55,6 @@ def non_max_suppression(
             candidates = candidates[torch.isin(candidates[:, 5], wanted)]
         found.append(_suppress(candidates, iou_thres, agnostic, max_det))
     return found
-
-
-def check_thresholds(conf_thres: float, iou_thres: float, max_det: int = 1) -> None:
-    """Raise ConfigError, naming the flag, unless both thresholds lie in 0..1 and ``max_det`` is at least 1."""
-    for flag, value in (("--conf-thres", conf_thres), ("--iou-thres", iou_thres)):
-        if not 0 <= value <= 1:
-            raise ConfigError(f"{flag} {value}: must lie between 0 and 1")
-    if max_det < 1:
-        raise ConfigError(f"--max-det {max_det}: must be at least 1")
 
 
 def _label_rows(labels: Tensor, width: int) -> Tensor:

@@ -11,9 +11,9 @@ rm -rf "$project"
 echo "== 1/4  a look at the data"
 python train.py --data bccd.yaml --check-data
 
-echo "== 2/4  training yolov5n-dcn for ${EPOCHS:=4} epochs, from $start"
+echo "== 2/4  training yolov5n-dcn for ${EPOCHS:=3} epochs, from $start"
 python train.py --data bccd.yaml --weights "$start" --hyp data/hyps/hyp.demo.yaml --img 320 --batch 16 \
-    --epochs "$EPOCHS" --workers 2 --project "$project" --name train
+    --epochs "$EPOCHS" --workers 1 --project "$project" --name train
 
 echo "== 3/4  validating on images that training never saw"
 python val.py --data bccd.yaml --weights "$project/train/weights/best.pt" --img 320 --task test --project "$project" --name val

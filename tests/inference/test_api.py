@@ -177,3 +177,29 @@ def test_load_stays_a_function_whatever_was_imported_before(checkpoint: Path) ->
     assert detector.names == NAMES and detector.stride == 32 and detector.conf == 0.4
     with pytest.raises(CheckpointError, match="gone.pt: no such file"):
         load("gone.pt", "cpu")
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (Image.new("RGB", (0, 4)), "image 0: is empty"),
+        (torch.zeros(3, 64, 64), r"tensor: expected \(batch, 3, height, width\)"),
+        (torch.zeros(1, 4, 64, 64), r"tensor: expected \(batch, 3, height, width\)"),
+    ],
+)
+def test_images_of_no_use_are_one_line(checkpoint: Path, image: object, message: str) -> None:
+    from models.api import load
+
+    with pytest.raises(SourceError, match=message):
+        load(checkpoint, "cpu")(image)
+
+
+def test_sizes_and_class_numbers_of_odd_types(checkpoint: Path) -> None:
+    from models.api import load
+
+    model = load(checkpoint, "cpu", classes=0)
+    assert model.classes == [0]
+    assert model.round_size(np.int64(33)) == (64, 64)
+    for size in ("64", None, 64.5):
+        with pytest.raises(ConfigError, match="expected whole numbers"):
+            model.round_size(size)

@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 
 from utils.cli import Parser, add_run_flags, check_weights, image_size_flag, keywords_to_argv
 from utils.config import DataConfig, Hyp, TrainConfig
-from utils.errors import ConfigError, run_cli
+from utils.errors import ConfigError, is_installed, run_cli
 
 
 def build_parser() -> Parser:
@@ -163,6 +164,9 @@ def main(argv: Sequence[str]) -> int:
     from engine.trainer import train
 
     notes = list(data.notes)
+    if not cfg.noplots and not is_installed("matplotlib"):
+        notes.append("no curves and pictures are drawn: matplotlib is not installed (pip install matplotlib)")
+        cfg = replace(cfg, noplots=True)
     if missing:
         notes.append(f"{cfg.hyp}: not given, at their defaults: {', '.join(missing)}")
     train(cfg, hyp, data, notes)

@@ -28,7 +28,7 @@ from utils.cli import (
     keywords_to_argv,
 )
 from utils.config import DataConfig
-from utils.errors import ConfigError, run_cli
+from utils.errors import ConfigError, MissingPackage, is_installed, run_cli
 from utils.files import ROOT
 
 if TYPE_CHECKING:
@@ -115,6 +115,9 @@ def measure(args: argparse.Namespace) -> Metrics:
         if args.task != "speed":
             LOGGER.warning(f"--half: float16 is for CUDA devices; running in float32 on {device.type}")
         args.half = False
+    if not args.noplots and not is_installed("matplotlib"):
+        LOGGER.warning("no curves and pictures are drawn: matplotlib is not installed (pip install matplotlib)")
+        args.noplots = True
     for note in data.notes:
         LOGGER.warning(note)
     if args.conf_thres > 0.001 and args.task != "speed":
@@ -203,7 +206,11 @@ def coco_stats(collector: CocoCollector, data: DataConfig, is_coco: bool) -> dic
     name = "annotations/instances_val2017.json"
     places = [data.root / name, ROOT.parent / "datasets/coco" / name] if is_coco else []
     annotations = next((place for place in places if place.is_file()), None)
-    stats = collector.stats(annotations)
+    try:
+        stats = collector.stats(annotations)
+    except MissingPackage as error:  # the familiar mAP is printed without it
+        LOGGER.warning(str(error))
+        return {}
     shown = ", ".join(f"{key} {stats[key]:.3f}" for key in ("AP50", "AP75", "AP_small", "AP_medium", "AP_large"))
     against = annotations or "the labels"
     LOGGER.info(f"COCO AP {stats['AP']:.3f} ({shown}; pycocotools' definition, against {against})")

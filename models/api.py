@@ -59,6 +59,8 @@ class Detector:
     def check(self) -> None:
         """Raise ConfigError, naming the flag, when a threshold or a class number is out of range."""
         check_thresholds(self.conf, self.iou, self.max_det)
+        if isinstance(self.classes, int):
+            self.classes = [self.classes]
         for number in self.classes or ():
             if number not in self.names:
                 raise ConfigError(f"--classes {number}: this model has classes 0 to {max(self.names)}")
@@ -72,6 +74,8 @@ class Detector:
         run as it is and gives the decoded predictions (B, N, 5+nc). Raises SourceError for what cannot be read.
         """
         if isinstance(images, Tensor):
+            if images.dim() != 4 or images.shape[1] != 3:
+                raise SourceError(f"tensor: expected (batch, 3, height, width), got {tuple(images.shape)}")
             return self.forward(images.to(self.device, self.dtype))
         many = images if isinstance(images, (list, tuple)) else [images]
         if not many:
@@ -85,7 +89,9 @@ class Detector:
 
         Raises ConfigError for sizes below 1 or more than two numbers.
         """
-        sides = [size] if isinstance(size, int) else list(size)
+        sides = list(size) if isinstance(size, (list, tuple)) else [size]
+        if not all(isinstance(side, (int, np.integer)) for side in sides):
+            raise ConfigError(f"--imgsz {size!r}: expected whole numbers, in pixels")
         if len(sides) not in (1, 2) or any(side < 1 for side in sides):
             raise ConfigError(f"--imgsz {' '.join(map(str, sides))}: expected one size or height and width, in pixels")
         rounded = [-(-side // self.stride) * self.stride for side in sides]
@@ -173,6 +179,8 @@ def as_image(image: ImageLike, number: int = 0) -> tuple[np.ndarray, str]:
             raise SourceError(f"{image}: no such picture")
         return read_image(image), Path(image).name
     if isinstance(image, Image.Image):
+        if not all(image.size):
+            raise SourceError(f"image {number}: is empty ({image.width}x{image.height} pixels)")
         name = Path(getattr(image, "filename", "") or f"image{number}.jpg").name
         return np.array(ImageOps.exif_transpose(image).convert("RGB")), name
     if not isinstance(image, np.ndarray):

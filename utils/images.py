@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import os
+import stat
 import struct
 from collections.abc import Iterable
 from pathlib import Path
@@ -101,7 +102,8 @@ def image_size(path: str | Path) -> tuple[int, int]:
 def check_image(path: str | Path, min_side: int = 10) -> tuple[int, int]:
     """:func:`image_size` of a picture fit for a data set: also complete at its end and at least ``min_side`` pixels.
 
-    The pixels are not decoded. Raises DataError naming the file and the reason.
+    The pixels of JPEG and PNG files, which say where they end, are not decoded; others are. Raises DataError naming
+    the file and the reason.
     """
     width, height = image_size(path)
     if min(width, height) < min_side:
@@ -110,18 +112,34 @@ def check_image(path: str | Path, min_side: int = 10) -> tuple[int, int]:
         start = file.read(8)
         file.seek(-min(16, file.seek(0, os.SEEK_END)), os.SEEK_END)
         end = file.read()
-    usual_end = end.endswith(_JPEG_END) if start.startswith(_JPEG_START) else b"IEND" in end
-    if start.startswith((_JPEG_START, _PNG_START)) and not usual_end and not _is_complete(_read_bytes(path)):
+        png_broken = start.startswith(_PNG_START) and not _png_chunks_join(file)
+    jpeg_open = start.startswith(_JPEG_START) and not end.endswith(_JPEG_END)
+    if png_broken or (jpeg_open and not _is_complete(_read_bytes(path))):
         raise DataError(f"{path}: the image file is cut short; copy it again")
+    if not start.startswith((_JPEG_START, _PNG_START)):
+        read_image(path)
     return width, height
+
+
+def _png_chunks_join(file: io.BufferedReader) -> bool:
+    """Whether the chunks of a PNG follow each other up to IEND; only their heads are read (PNG 3rd edition, 5.3)."""
+    position = len(_PNG_START)
+    while True:
+        file.seek(position)
+        head = file.read(8)
+        if len(head) < 8 or not head[4:].isalpha():
+            return False
+        if head[4:] == b"IEND":
+            return True
+        position += 12 + int.from_bytes(head[:4], "big")
 
 
 def list_images(sources: str | Path | Iterable[str | Path]) -> list[str]:
     """Paths of all pictures in folders (searched to the bottom), .txt lists and single files, sorted as text.
 
-    A list has a path on each line: beginning with ``./`` it is relative to the list's folder, otherwise to the
-    working folder or, failing that, to the list's. Raises DataError for a source that does not exist, and naming
-    list and line for a listed picture that does not.
+    A list has a path on each line (``#`` begins a comment): beginning with ``./`` it is relative to the list's
+    folder, otherwise to the working folder or, failing that, to the list's. Raises DataError for a source that does
+    not exist, and naming list and line for a listed picture that does not.
     """
     sources = [sources] if isinstance(sources, (str, Path)) else list(sources)
     found: list[str] = []
@@ -153,6 +171,8 @@ def parse_header(data: bytes, name: str) -> Header:
 
 def _open(path: str | Path) -> io.BufferedReader:
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
+            raise DataError(f"{path}: cannot be read (not a file)")
         return open(path, "rb")
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
@@ -183,7 +203,7 @@ def _read_list(path: Path) -> list[str]:
     found = []
     for number, line in enumerate(_read_bytes(path).decode("utf-8-sig", errors="replace").splitlines(), 1):
         line = line.strip()
-        if not line:
+        if not line or (line.startswith("#") and not is_image(line)):
             continue
         beside = path.parent / line
         image = beside if line.startswith("./") or not os.path.exists(line) else Path(line)

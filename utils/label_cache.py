@@ -26,7 +26,7 @@ from utils.images import check_image, list_images
 from utils.label_index import EMPTY_POINTS, Fault, LabelIndex, PackedStrings, offsets_of
 from utils.labels import LabelFile, label_path, read_labels
 
-VERSION = 1
+VERSION = 2  # 2: PNG chunks, links to nowhere
 SETTLED_NS = 2_000_000_000
 """A file changed less than this before a scan is read again next time: file systems keep times this coarsely."""
 
@@ -141,12 +141,13 @@ def read_entry(path: str, nc: int | None) -> Entry:
     entry = Entry(path, _stamp(path), (0, 0), OK, LabelFile(np.zeros((0, 5), np.float32)), [])
     label = label_path(path)
     try:
-        if entry.stamp[2] >= 0:
+        if entry.stamp[2] >= 0 or os.path.islink(label):  # a link to nowhere is a fault, not a background
             entry.labels = read_labels(label, nc)
             entry.faults = [Fault(label, row, reason) for row, reason in entry.labels.faults]
         entry.size = check_image(path)
     except DataError as error:
-        entry.faults.append(Fault(path, 0, str(error)))
+        place = label if str(error).startswith(label) else path
+        entry.faults.append(Fault(place, 0, str(error)))
         entry.status = CORRUPT
         return entry
     if entry.stamp[2] < 0:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import math
 import os
+import re
+import stat
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -53,11 +55,13 @@ def read_labels(path: str | Path, nc: int | None = None) -> LabelFile:
     as a whole cannot be read.
     """
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # reading a pipe would wait for ever
+            raise DataError(f"{path}: cannot be read (not a file)")
         text = Path(path).read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError:
-        raise DataError(f"{path}: not a text file") from None
+        raise DataError(f"{path}: not a text file in UTF-8; save it again as plain text") from None
     return parse_labels(text, nc)
 
 
@@ -112,7 +116,8 @@ def _read_row(fields: list[str], nc: int | None) -> tuple[tuple[float, ...], boo
         values = tuple(map(float, fields))
     except ValueError:
         wrong = next(f for f in fields if not _is_number(f))
-        raise ValueError(f"'{wrong[:40]}' is not a number") from None
+        hint = "; write decimals with a point" if re.fullmatch(r"-?\d+,\d+", wrong) else ""
+        raise ValueError(f"'{wrong[:40]}' is not a number{hint}") from None
     if not all(map(math.isfinite, values)):
         raise ValueError("NaN or infinite value")
     _check_class(values[0], nc)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from pathlib import Path
 
 import cv2
@@ -150,3 +151,32 @@ def test_folders_lists_and_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         list_images(listed)
     with pytest.raises(DataError, match="nowhere: no such folder or file"):
         list_images(tmp_path / "nowhere")
+
+
+def test_a_png_cut_in_its_middle_is_found_by_the_scan(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    path = save(tmp_path / "a.png", Image.fromarray(noise))
+    assert check_image(path) == (64, 64)
+    data = path.read_bytes()
+    path.write_bytes(data[:3000] + data[-12:])  # IEND is still there
+    with pytest.raises(DataError, match="cut short"):
+        check_image(path)
+
+
+def test_a_webp_cut_short_is_found_by_the_scan(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.webp", Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)))
+    path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(DataError, match=r"a\.webp"):
+        check_image(path)
+
+
+def test_a_pipe_is_no_picture(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.jpg")
+    with pytest.raises(DataError, match="not a file"):
+        check_image(tmp_path / "a.jpg")
+
+
+def test_a_list_may_hold_comments(tmp_path: Path) -> None:
+    save(tmp_path / "#1.png", Image.fromarray(RGB))
+    (tmp_path / "list.txt").write_text("# pictures\n./#1.png\n#1.png\n")
+    assert list_images(tmp_path / "list.txt") == [str(tmp_path / "#1.png")]

@@ -225,3 +225,13 @@ def test_packed_strings() -> None:
     assert [packed[i] for i in range(4)] == texts and packed[-1] == texts[-1] and len(packed) == 4
     with pytest.raises(IndexError):
         packed[4]
+
+
+def test_a_label_that_cannot_be_read_is_a_fault_of_the_label(make_set: Callable[..., Path]) -> None:
+    images = make_set({"a": ROW, "b": None, "c": "x", "d": None})
+    labels = images.parents[1] / "labels" / images.name
+    (labels / "b.txt").symlink_to(labels / "nowhere.txt")
+    (labels / "c.txt").write_bytes(ROW.encode("utf-16"))
+    index = scan_labels(images, nc=1)
+    assert [Path(fault.path).name for fault in index.faults] == ["b.txt", "c.txt"]
+    assert (index.corrupt, index.missing) == (2, 1)

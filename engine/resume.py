@@ -45,7 +45,11 @@ def resumed_settings(settings: dict[str, Any], given: set[str]) -> dict[str, Any
     for needed in ("opt.yaml", "hyp.yaml"):
         if not (run_dir / needed).is_file():
             raise CheckpointError(f"--resume {last}: {run_dir / needed} is missing; start anew with --weights {last}")
-    stored = {k: v for k, v in load_yaml(run_dir / "opt.yaml").items() if k in settings}
+    options = load_yaml(run_dir / "opt.yaml")
+    stored = {k: v for k, v in options.items() if k in settings}
+    for name, value in stored.items():
+        if not _same_kind(value, settings[name]):
+            raise ConfigError(f"{options.where(name)}: {name}: {value!r} is no value of this flag; correct the file")
     for name in sorted(given - MAY_CHANGE):
         if name in stored and stored[name] != settings[name]:
             raise ConfigError(
@@ -54,3 +58,10 @@ def resumed_settings(settings: dict[str, Any], given: set[str]) -> dict[str, Any
             )
     changed = {name: settings[name] for name in given & MAY_CHANGE}
     return {**settings, **stored, **changed, "hyp": str(run_dir / "hyp.yaml"), "resume": str(last)}
+
+
+def _same_kind(value: Any, flag: Any) -> bool:
+    """Whether a value from a file is of the type that the parser gives a flag."""
+    if isinstance(flag, list):
+        return isinstance(value, list) and all(type(item) is int for item in value)
+    return isinstance(value, (int, float)) and value is not True if type(flag) is float else type(value) is type(flag)

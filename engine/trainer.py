@@ -213,6 +213,8 @@ def _open_run_dir(cfg: TrainConfig, hyp: Hyp, world: World) -> Path | None:
         return None
     if cfg.resume:
         run_dir = Path(cfg.resume).resolve().parent.parent
+        for unfinished in (run_dir / "weights").glob(".*.pt.*.tmp"):  # a kill came while a checkpoint was written
+            unfinished.unlink()
     else:
         run_dir = new_run_dir(cfg.project, cfg.name, cfg.exist_ok)
     (run_dir / "weights").mkdir(exist_ok=True)

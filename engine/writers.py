@@ -177,7 +177,7 @@ class Table:
     """predictions.csv, one row a detection; names that a spreadsheet would run as a formula get a leading quote."""
 
     def __init__(self, path: Path) -> None:
-        self._file: TextIO = path.open("w", newline="", encoding="utf-8")
+        self._file: TextIO = path.open("w", newline="", encoding="utf-8", errors="backslashreplace")
         self._csv = csv.writer(self._file)
         self._csv.writerow(CSV_HEADER)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from utils.boxes import xyxy_to_cxcywh
 from utils.console import LOGGER
 from utils.crops import crop_box
+from utils.errors import MissingPackage
 from utils.files import new_run_dir
 from utils.plots import class_colour, draw_detections, write_image
 from utils.safe_names import UniqueNames, class_folders, printable
@@ -124,7 +125,10 @@ class Results:
 
     def pandas(self) -> Results:
         """A copy whose xyxy, xyxyn, xywh and xywhn are lists of DataFrames with the class names in the last column."""
-        import pandas as pd
+        try:
+            import pandas as pd
+        except ImportError:
+            raise MissingPackage("Results.pandas()", "pandas") from None
 
         new = copy.copy(self)
         for form in ("xyxy", "xyxyn", "xywh", "xywhn"):

@@ -16,7 +16,7 @@ from torch import nn
 from models.activations import activation_from_text
 from utils.console import LOGGER
 from utils.errors import ConfigError, did_you_mean
-from utils.files import YamlFile, find_file, load_yaml
+from utils.files import ROOT, YamlFile, find_file, load_yaml
 
 REQUIRED = ("nc", "depth_multiple", "width_multiple", "anchors", "backbone", "head")
 OPTIONAL = ("activation", "ch", "channel_multiple", "inplace")
@@ -103,7 +103,9 @@ class _Where:
 def _load(source: str | Path) -> YamlFile:
     path = find_file(source, folders=("models",))
     if path is None:
-        raise ConfigError(f"{source}: no such model YAML; give a path or a file name below models/")
+        known = [file.name for file in (ROOT / "models").rglob("*.yaml")]
+        near = did_you_mean(Path(source).name, known)
+        raise ConfigError(f"--cfg {source}: no such model YAML{near}; give a path or a file name below models/")
     return load_yaml(path)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from utils.config import DataConfig
-from utils.console import plural, progress
+from utils.console import encodable, plural, progress
 from utils.errors import DataError
 from utils.label_cache import scan_labels
 from utils.label_index import LabelIndex
@@ -24,7 +24,7 @@ def print_report(data: DataConfig, imgsz: int = 640) -> int:
     """Print the report on all splits of ``data``. Returns the exit status: 1 when there is a fault, else 0."""
     splits = {"train": data.train, "val": data.val, "test": data.test}
     text, faults = _report({split: sources for split, sources in splits.items() if sources}, data.names, imgsz)
-    print(text)
+    print(encodable(text))
     return int(faults > 0)
 
 

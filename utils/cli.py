@@ -132,6 +132,8 @@ def check_weights(weights: str) -> None:
     path = Path(weights)
     if path.is_file():
         return
+    if path.is_dir() and weights:
+        raise CheckpointError(f"--weights {weights}: is a folder; give the file in it, e.g. weights/best.pt")
     trained = sorted((ROOT / "runs" / "train").glob("*/weights/best.pt"), key=lambda p: p.stat().st_mtime)
     if trained:
         how = f"the newest trained here is {trained[-1]}"

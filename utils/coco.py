@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from utils.errors import DataError
+from utils.errors import DataError, MissingPackage
 
 # COCO's 80 classes carry numbers up to 90: these are left out
 _COCO_GAPS = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
@@ -89,8 +89,12 @@ def evaluate_coco(truth: Mapping[str, Any], detections: Sequence[Mapping[str, An
     """COCO's twelve numbers (``STATS``: AP, AP50, ...) of ``detections`` against ``truth``, as pycocotools gives them.
 
     Image ids may be numbers or texts; only images listed in ``truth`` count. -1 stands for "no labels of that kind".
+    Raises MissingPackage without faster-coco-eval.
     """
-    from faster_coco_eval import COCO, COCOeval_faster
+    try:
+        from faster_coco_eval import COCO, COCOeval_faster
+    except ImportError:
+        raise MissingPackage("COCO AP", "faster-coco-eval") from None
 
     # Both libraries want whole numbers above 0 for images and take annotation id 0 for "unmatched".
     number = {image["id"]: index for index, image in enumerate(truth["images"], 1)}

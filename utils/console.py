@@ -19,7 +19,13 @@ class _Stdout(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         from tqdm import tqdm
 
-        tqdm.write(self.format(record), file=sys.stdout)
+        tqdm.write(encodable(self.format(record)), file=sys.stdout)
+
+
+def encodable(text: str) -> str:
+    """``text`` with what stdout's encoding lacks as escapes: file names may hold bytes that are no text at all."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def setup_console(main_process: bool = True, quiet: bool = False) -> None:
@@ -76,7 +82,7 @@ class _LastLine:
         self._desc = text
 
     def close(self) -> None:
-        if self._open:
+        if self._open and (self._desc or self._count):
             seconds = time.perf_counter() - self._start
             total = "" if self._total is None else f"/{self._total}"
             print(f"{self._desc}: {self._count}{total} [{seconds:.1f}s]", flush=True)

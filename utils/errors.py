@@ -7,6 +7,7 @@ UserError                 the user can mend it; one line on stderr, exit status 
  +- SourceError           something detect.py was asked to read
  +- ExportError           a file in another format
  +- ResourceError         memory, disk, permissions, a device that is not there
+     +- MissingPackage    an optional package that is not installed
 
 Anything else that escapes is a bug and keeps its traceback.
 """
@@ -15,9 +16,13 @@ from __future__ import annotations
 
 import difflib
 import errno
+import importlib.util
 import os
+import signal
 import sys
-from collections.abc import Callable, Iterable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 
 class UserError(Exception):
@@ -50,6 +55,21 @@ class ResourceError(UserError):
     """Memory, disk space, permissions or a device are not there."""
 
 
+class MissingPackage(ResourceError):
+    """An optional package is not installed: what needs it, and the command that installs it."""
+
+    def __init__(self, purpose: str, package: str) -> None:
+        super().__init__(f"{purpose} needs a package that is not installed: pip install {package}")
+
+
+def is_installed(module: str) -> bool:
+    """Whether ``import module`` would find something (nothing is imported)."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):  # ValueError: sys.modules holds a stand-in
+        return False
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """``", did you mean 'x'?"`` for the nearest known word, or an empty string."""
     near = difflib.get_close_matches(str(word), [str(k) for k in known], n=1, cutoff=0.6)
@@ -71,13 +91,55 @@ def explain_os_error(error: OSError) -> str | None:
     return f"{error.filename or 'cannot write'}: {hint}" if hint else None
 
 
+_MEMORY_SIGNS = ("out of memory", "can't allocate memory", "Insufficient memory", "Unable to allocate")
+
+
+def explain_memory_error(error: Exception) -> str | None:
+    """One line when the allocator of Python, numpy, OpenCV or torch (CPU or GPU) gave up; None for another error."""
+    reason = (str(error).strip().splitlines() or [""])[0][:200]
+    if not isinstance(error, MemoryError) and not any(sign in str(error) for sign in _MEMORY_SIGNS):
+        return None
+    detail = f" ({reason})" if reason else ""
+    return f"memory ran out{detail}: use a smaller --batch-size or --imgsz, fewer --workers, no --cache"
+
+
 def run_cli(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
     """Run a script's ``main(argv)`` and turn what the user can mend into one line and an exit status.
 
-    Returns 0 (or what main returned), 2 for a UserError, 130 after Ctrl-C. ``--debug`` anywhere in argv keeps
-    tracebacks. Bugs propagate untouched.
+    Returns 0 (or what main returned), 2 for a UserError, a full disk or exhausted memory, 130 after Ctrl-C,
+    143 after SIGTERM.
+    ``--debug`` anywhere in argv keeps tracebacks. Bugs propagate untouched.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    with _sigterm_as_interrupt() as terminated:
+        return _guarded(main, argv, terminated)
+
+
+@contextmanager
+def _sigterm_as_interrupt() -> Iterator[threading.Event]:
+    """Let SIGTERM (`docker stop`, a scheduler) end the script as Ctrl-C does; the event tells that it came.
+
+    Processes forked in between, such as data loaders, still end at once.
+    """
+    event, owner = threading.Event(), os.getpid()
+
+    def handler(number: int, frame: object) -> None:
+        if os.getpid() != owner:
+            os._exit(128 + number)
+        event.set()
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _guarded(main: Callable[[Sequence[str]], int | None], argv: list[str], terminated: threading.Event) -> int:
     debug = "--debug" in argv
     try:
         return main(argv) or 0
@@ -89,13 +151,20 @@ def run_cli(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | N
     except KeyboardInterrupt as error:
         if debug:
             raise
-        print(f"interrupted{f': {error}' if str(error) else ''}", file=sys.stderr)
-        return 130
+        word, status = ("terminated", 143) if terminated.is_set() else ("interrupted", 130)
+        print(f"{word}{f': {error}' if str(error) else ''}", file=sys.stderr)
+        return status
     except BrokenPipeError:  # `detect.py ... | head`: the reader left, nothing is wrong
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:
         line = explain_os_error(error)
+        if debug or line is None:
+            raise
+        print(f"error: {line}", file=sys.stderr)
+        return ResourceError.exit_code
+    except Exception as error:  # told apart by its text, because neither torch nor cv2 is imported here
+        line = explain_memory_error(error)
         if debug or line is None:
             raise
         print(f"error: {line}", file=sys.stderr)

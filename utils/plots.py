@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -101,10 +102,14 @@ def _text_mask(text: str, scale: float) -> np.ndarray:
 
 @lru_cache(maxsize=8)
 def _font(size: int):
-    """DejaVu Sans, which matplotlib brings along: Latin, Greek, Cyrillic, Arabic and more, but not Chinese."""
-    import matplotlib
+    """DejaVu Sans, which matplotlib brings along: Latin, Greek, Cyrillic, Arabic and more, but not Chinese.
+    Without matplotlib, Pillow's own font: Latin."""
     from PIL import ImageFont
 
+    try:
+        import matplotlib
+    except ImportError:
+        return ImageFont.load_default(size)
     return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"), size)
 
 
@@ -165,9 +170,18 @@ def _boxes_of(
 def write_image(file: str | Path, image: np.ndarray, bgr: bool = False) -> None:
     """Write uint8 (H, W, 3) RGB (or BGR) in the format of the suffix. Raises ResourceError when that fails."""
     pixels = image if bgr else np.ascontiguousarray(image[..., ::-1])
+    file = Path(file)
     try:
-        fine = cv2.imwrite(str(file), pixels)
+        encoded, data = cv2.imencode(file.suffix, pixels)
     except cv2.error:
-        fine = False
-    if not fine:
-        raise ResourceError(f"{file}: the picture cannot be written (folder, permissions, disk space or suffix)")
+        encoded = False
+    if not encoded:
+        raise ResourceError(
+            f"{file}: a {pixels.shape[1]}x{pixels.shape[0]} picture cannot be written as '{file.suffix}'"
+        )
+    try:  # not by cv2.imwrite: it crashes on names that are not UTF-8 and does not say why a write failed
+        file.write_bytes(data)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            file.unlink(missing_ok=True)
+        raise ResourceError(f"{file}: the picture cannot be written ({error.strerror}); see --project") from None

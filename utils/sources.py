@@ -16,6 +16,7 @@ from utils.console import LOGGER
 from utils.errors import SourceError, UserError, did_you_mean
 from utils.frames import Frame, Source, frames_per_second, is_url, next_frame, suffix_of
 from utils.images import IMAGE_SUFFIXES, VIDEO_SUFFIXES, read_image
+from utils.safe_names import printable
 from utils.streams import ScreenSource, StreamSource
 
 
@@ -49,6 +50,8 @@ class FileSource(Source):
                 LOGGER.warning(_with_path(path, str(error)))
 
     def _video(self, path: str, item: int) -> Iterator[Frame]:
+        if not path.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in path):
+            raise SourceError(f"{printable(path)}: OpenCV opens no video whose name is not UTF-8; rename it")
         capture = cv2.VideoCapture(path)
         try:
             if not capture.isOpened():
@@ -118,7 +121,7 @@ def list_files(text: str) -> list[str]:
             raise SourceError(f"{text}: neither a picture nor a video (known: {_known_suffixes()})")
         return [str(path)]
     if glob.has_magic(text):
-        found = sorted(p for p in glob.glob(str(path), recursive=True) if _readable(Path(p)) and Path(p).is_file())
+        found = sorted(p for p in glob.glob(str(path), recursive=True) if _readable(Path(p)) and not Path(p).is_dir())
         if not found:
             raise SourceError(f"--source {text}: no picture or video matches this pattern")
         return found
@@ -127,7 +130,8 @@ def list_files(text: str) -> list[str]:
 
 def _in_folder(folder: Path) -> list[str]:
     try:
-        found = sorted(str(p) for p in folder.iterdir() if _readable(p) and p.is_file())
+        # a link to nowhere stays in, to be named when its turn comes
+        found = sorted(str(p) for p in folder.iterdir() if _readable(p) and not p.is_dir())
     except OSError as error:
         raise SourceError(f"{folder}: cannot be read ({error.strerror})") from None
     if not found:

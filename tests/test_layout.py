@@ -17,6 +17,7 @@ SCRIPTS = ("train", "val", "detect", "export")
 # From the bottom up; a module imports only from levels below its own.
 LEVELS = (
     """
+utils.signals
 utils.errors utils.console utils.boxes utils.augmentations utils.frames utils.crops utils.safe_names utils.label_index \
     utils.assign utils.autoanchor utils.dcn_watch utils.early_stopping utils.ema utils.stages \
     models.activations models.ops.*

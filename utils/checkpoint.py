@@ -88,7 +88,9 @@ def save_checkpoint(
     try:
         with atomic_open(path) as file:
             torch.save(content, file)
-    except RuntimeError as error:  # torch covers a failed write with "unexpected pos"
+    except RuntimeError as error:  # torch covers what ends a write with "unexpected pos"
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise error.__context__ from None
         if isinstance(error.__context__, OSError):
             raise _named(error.__context__, path) from None
         raise

@@ -18,11 +18,11 @@ import difflib
 import errno
 import importlib.util
 import os
-import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
+
+from utils.signals import sigterm_as_interrupt
 
 
 class UserError(Exception):
@@ -95,7 +95,10 @@ _MEMORY_SIGNS = ("out of memory", "can't allocate memory", "Insufficient memory"
 
 
 def explain_memory_error(error: Exception) -> str | None:
-    """One line when the allocator of Python, numpy, OpenCV or torch (CPU or GPU) gave up; None for another error."""
+    """One line when the allocator of Python, numpy, OpenCV or torch (CPU or GPU) gave up; None for another error.
+
+    Errors are told apart by their text: neither torch nor OpenCV is imported here.
+    """
     reason = (str(error).strip().splitlines() or [""])[0][:200]
     if not isinstance(error, MemoryError) and not any(sign in str(error) for sign in _MEMORY_SIGNS):
         return None
@@ -107,36 +110,11 @@ def run_cli(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | N
     """Run a script's ``main(argv)`` and turn what the user can mend into one line and an exit status.
 
     Returns 0 (or what main returned), 2 for a UserError, a full disk or exhausted memory, 130 after Ctrl-C,
-    143 after SIGTERM.
-    ``--debug`` anywhere in argv keeps tracebacks. Bugs propagate untouched.
+    143 after SIGTERM. ``--debug`` anywhere in argv keeps tracebacks. Bugs propagate untouched.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    with _sigterm_as_interrupt() as terminated:
+    with sigterm_as_interrupt() as terminated:
         return _guarded(main, argv, terminated)
-
-
-@contextmanager
-def _sigterm_as_interrupt() -> Iterator[threading.Event]:
-    """Let SIGTERM (`docker stop`, a scheduler) end the script as Ctrl-C does; the event tells that it came.
-
-    Processes forked in between, such as data loaders, still end at once.
-    """
-    event, owner = threading.Event(), os.getpid()
-
-    def handler(number: int, frame: object) -> None:
-        if os.getpid() != owner:
-            os._exit(128 + number)
-        event.set()
-        raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
-    before = signal.signal(signal.SIGTERM, handler)
-    try:
-        yield event
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _guarded(main: Callable[[Sequence[str]], int | None], argv: list[str], terminated: threading.Event) -> int:
@@ -163,7 +141,10 @@ def _guarded(main: Callable[[Sequence[str]], int | None], argv: list[str], termi
             raise
         print(f"error: {line}", file=sys.stderr)
         return ResourceError.exit_code
-    except Exception as error:  # told apart by its text, because neither torch nor cv2 is imported here
+    except Exception as error:
+        if terminated.is_set():  # libraries may turn the interrupt into an error of their own
+            print("terminated", file=sys.stderr)
+            return 143
         line = explain_memory_error(error)
         if debug or line is None:
             raise

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
+import signal
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import detect
 import val
+from utils.checkpoint import save_checkpoint
 from utils.errors import ResourceError, explain_memory_error, is_installed, run_cli
 from utils.plots import write_image
+from utils.signals import interrupts_deferred
 
 
 @pytest.fixture
@@ -139,3 +146,56 @@ def test_resume_with_a_damaged_opt_yaml_names_the_line(trained: Path, train_cli,
     options.write_text(f"# edited by hand\n{line}\n")
     status, _, err = train_cli(base=["--resume", str(trained.parents[1])], data="")
     assert status == 2 and f"{options}:2: {line.split(':')[0]}: " in err and err.count("\n") == 1
+
+
+def test_ctrl_c_waits_until_processes_are_started() -> None:
+    steps = []
+    with pytest.raises(KeyboardInterrupt):
+        with interrupts_deferred():
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)
+            steps.append("started")
+    assert steps == ["started"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_ctrl_c_while_saving_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch) -> None:
+    path = tmp_path / "last.pt"
+    save_checkpoint(path, {"w": torch.zeros(3)}, {})
+    before = path.read_bytes()
+
+    class Interrupted(io.BytesIO):
+        def write(self, data: bytes) -> int:
+            raise KeyboardInterrupt
+
+    @contextlib.contextmanager
+    def interrupted(_):
+        yield Interrupted()
+
+    monkeypatch.setattr("utils.checkpoint.atomic_open", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(path, {"w": torch.ones(300_000)}, {})
+    assert path.read_bytes() == before
+
+
+def test_sigterm_ends_like_ctrl_c(capsys) -> None:
+    def main(argv: list[str]) -> int:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(10)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("go on with --resume") from None
+        return 0
+
+    before = signal.getsignal(signal.SIGTERM)
+    assert run_cli(main, []) == 143
+    assert capsys.readouterr().err == "terminated: go on with --resume\n"
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_resume_clears_what_a_kill_left(trained: Path, train_cli) -> None:
+    left = trained.with_name(".last.pt.abc123.tmp")
+    left.write_bytes(b"half a checkpoint")
+    status, _, err = train_cli(base=["--resume", str(trained.parents[1]), "--epochs", "2"], data="")
+    assert status == 0, err
+    assert not left.exists()

@@ -48,7 +48,8 @@ def init_distributed(cuda: bool) -> World:
                 f"{torch.cuda.device_count()} CUDA devices"
             )
         torch.cuda.set_device(world.local_rank)
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=TIMEOUT)
+    if not dist.is_initialized():  # the caller's group serves as well; leaving and joining again meets stale addresses
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=TIMEOUT)
     return world
 
 
@@ -76,12 +77,3 @@ def broadcast(value: Any, world: World) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
-
-
-def all_reduce_mean(tensor: torch.Tensor, world: World) -> torch.Tensor:
-    """Mean of a tensor over the ranks, as a new tensor."""
-    if world.size == 1:
-        return tensor
-    total = tensor.clone()
-    dist.all_reduce(total)
-    return total / world.size

@@ -12,7 +12,7 @@ import train
 from engine.parts import Frame, build_learner
 from models.yolo import DetectionModel
 from utils.config import Hyp, TrainConfig
-from utils.dist import World, close_distributed, init_distributed
+from utils.dist import World, init_distributed
 from utils.errors import run_cli
 
 
@@ -38,7 +38,6 @@ def main() -> int:
     world = init_distributed(cuda=False)
     result = one_step(world, copies=1)
     Path(f"{sys.argv[1]}{world.rank}.json").write_text(json.dumps(result))
-    close_distributed(world)
     return run_cli(train.main, sys.argv[2:])
 
 

@@ -18,7 +18,7 @@ from utils.files import ROOT
 def test_two_ranks_step_like_one_process_and_train(tmp_path: Path, tiny: Path) -> None:
     """Both ranks see the same two images, the single process sees them twice: the same batch, so the same step."""
     flags = f"--data {tiny} --cfg yolov5n.yaml --weights= --img 64 --batch 4 --epochs 1 --workers 0 --device cpu"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
     command += [str(ROOT / "tests" / "cli" / "ddp_worker.py"), f"{tmp_path}/rank", *flags.split()]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(

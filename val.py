@@ -82,7 +82,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     args.save_txt |= args.save_hybrid
     check_detection_flags(args)
     if args.task == "speed":
-        args.conf_thres, args.iou_thres, args.half = 0.25, 0.45, True
+        args.conf_thres, args.iou_thres = 0.25, 0.45
     return args
 
 
@@ -106,15 +106,14 @@ def measure(args: argparse.Namespace) -> Metrics:
     data.split(split_of(args))
 
     from utils.console import LOGGER, setup_console
-    from utils.device import select_device
+    from utils.device import half_allowed, select_device
     from utils.files import new_run_dir
 
     setup_console()
     device = select_device(args.device)
-    if args.half and device.type != "cuda":
-        if args.task != "speed":
-            LOGGER.warning(f"--half: float16 is for CUDA devices; running in float32 on {device.type}")
-        args.half = False
+    if args.task == "speed":
+        args.half = device.type == "cuda"  # what a GPU is fastest in; nobody asked for it, so nothing is said
+    args.half = half_allowed(args.half, device)
     if not args.noplots and not is_installed("matplotlib"):
         LOGGER.warning("no curves and pictures are drawn: matplotlib is not installed (pip install matplotlib)")
         args.noplots = True

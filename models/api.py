@@ -17,8 +17,7 @@ from models.tta import augmented_forward
 from utils.augmentations import Letterbox, letterbox, letterbox_fit
 from utils.boxes import scale_to_original
 from utils.config import check_thresholds
-from utils.console import LOGGER
-from utils.device import select_device, to_network_input
+from utils.device import half_allowed, select_device, to_network_input
 from utils.errors import ConfigError, SourceError, did_you_mean
 from utils.images import read_image
 from utils.nms import non_max_suppression
@@ -39,9 +38,7 @@ class Detector:
     def __init__(self, model: nn.Module, device: torch.device, half: bool = False, **settings: Any) -> None:
         """``half`` runs in float16, on CUDA only (elsewhere one warning and float32). Raises ConfigError for an
         unknown setting or one out of range."""
-        if half and device.type != "cuda":
-            LOGGER.warning(f"--half: float16 is for CUDA devices; running in float32 on {device.type}")
-            half = False
+        half = half_allowed(half, device)
         self.model = (model.half() if half else model.float()).to(device).eval()
         self.device, self.dtype = device, torch.float16 if half else torch.float32
         self.names: dict[int, str] = dict(model.names)

@@ -8,6 +8,7 @@ import random
 import numpy as np
 import torch
 
+from utils.console import LOGGER
 from utils.errors import ConfigError
 
 AMP_CHOICES = ("auto", "bf16", "fp16", "off")
@@ -90,6 +91,13 @@ def amp_dtype(choice: str, device: torch.device) -> torch.dtype | None:
     if choice == "bf16" and not native_bf16:
         raise ConfigError("--amp bf16: this GPU has no native bfloat16; use --amp fp16")
     return torch.float16 if choice == "fp16" or not native_bf16 else torch.bfloat16
+
+
+def half_allowed(requested: bool, device: torch.device) -> bool:
+    """Whether ``--half`` can be followed: float16 is for CUDA devices; elsewhere one warning, and False."""
+    if requested and device.type != "cuda":
+        LOGGER.warning(f"--half: float16 is for CUDA devices; running in float32 on {device.type}")
+    return requested and device.type == "cuda"
 
 
 def to_network_input(images: torch.Tensor, device: torch.device, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -11,6 +11,7 @@ This file is the command line; the training itself is engine/trainer.py.
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -23,14 +24,26 @@ from utils.errors import ConfigError, is_installed, run_cli
 def build_parser() -> Parser:
     """The flags, in the groups that --help shows."""
     parser = Parser(prog="train.py", description="Train a detector on your own images.")
-    model = parser.add_argument_group("model")
-    model.add_argument(
+    _add_model_flags(parser.add_argument_group("model"))
+    _add_data_flags(parser.add_argument_group("data"))
+    _add_schedule_flags(parser.add_argument_group("schedule"))
+    _add_precision_flags(parser.add_argument_group("precision and repeatability"))
+    _add_saving_flags(parser.add_argument_group("saving"))
+    add_run_flags(parser, "runs/train")
+    parser.add_argument(
+        "--local_rank", "--local-rank", type=int, default=-1, help="ignored: torchrun tells ranks by environment"
+    )
+    return parser
+
+
+def _add_model_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
         "--weights", default="", help="checkpoint to start from; '' (default) trains from scratch, with --cfg"
     )
-    model.add_argument(
+    group.add_argument(
         "--cfg", default="", help="model YAML, e.g. yolov5s.yaml or yolov5s-dcn.yaml; default: the checkpoint's own"
     )
-    model.add_argument(
+    group.add_argument(
         "--freeze",
         nargs="+",
         type=int,
@@ -38,18 +51,20 @@ def build_parser() -> Parser:
         metavar="N",
         help="freeze layers 0..N-1, or exactly those listed (backbone: 10)",
     )
-    model.add_argument(
+    group.add_argument(
         "--dcn-offset-lr",
         type=float,
         default=0.1,
         metavar="X",
         help="learning rate of the offset convolutions of DCN layers, as a share of the others' (default: 0.1)",
     )
-    data = parser.add_argument_group("data")
-    data.add_argument("--data", default="data/coco128.yaml", help="dataset YAML (default: %(default)s)")
-    image_size_flag(data)
-    data.add_argument("--rect", action="store_true", help="rectangular batches: no mosaic, no shuffling")
-    data.add_argument(
+
+
+def _add_data_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--data", default="data/coco128.yaml", help="dataset YAML (default: %(default)s)")
+    image_size_flag(group)
+    group.add_argument("--rect", action="store_true", help="rectangular batches: no mosaic, no shuffling")
+    group.add_argument(
         "--cache",
         nargs="?",
         const="ram",
@@ -57,68 +72,72 @@ def build_parser() -> Parser:
         choices=["ram", "disk", "val", ""],
         help="keep decoded images in ram (default when given alone) or on disk",
     )
-    data.add_argument("--image-weights", action="store_true", help="draw images of weak classes more often")
-    data.add_argument("--single-cls", action="store_true", help="treat all classes as one")
-    data.add_argument("--multi-scale", action="store_true", help="vary the image size by +-50 %%")
-    data.add_argument("--quad", action="store_true", help="quad collation: four images tiled into one")
-    data.add_argument(
+    group.add_argument("--image-weights", action="store_true", help="draw images of weak classes more often")
+    group.add_argument("--single-cls", action="store_true", help="treat all classes as one")
+    group.add_argument("--multi-scale", action="store_true", help="vary the image size by +-50 %%")
+    group.add_argument("--quad", action="store_true", help="quad collation: four images tiled into one")
+    group.add_argument(
         "--close-mosaic", type=int, default=0, metavar="N", help="no mosaic in the last N epochs (default: 0)"
     )
-    data.add_argument(
+    group.add_argument(
         "--workers", type=int, default=8, help="data loading processes per rank, at most (default: %(default)s)"
     )
-    data.add_argument(
+    group.add_argument(
         "--strict-data", action="store_true", help="faulty labels or images are an error instead of a warning"
     )
-    data.add_argument("--check-data", action="store_true", help="print a report on the data set and stop")
-    schedule = parser.add_argument_group("schedule")
-    schedule.add_argument(
+    group.add_argument("--check-data", action="store_true", help="print a report on the data set and stop")
+
+
+def _add_schedule_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
         "--hyp", default="data/hyps/hyp.scratch-low.yaml", help="hyper-parameters (default: %(default)s)"
     )
-    schedule.add_argument("--epochs", type=int, default=100, help="total epochs (default: %(default)s)")
-    schedule.add_argument(
+    group.add_argument("--epochs", type=int, default=100, help="total epochs (default: %(default)s)")
+    group.add_argument(
         "--batch-size",
         type=int,
         default=16,
         help="images a step, over all GPUs; -1 finds the largest that fits (default: %(default)s)",
     )
-    schedule.add_argument(
+    group.add_argument(
         "--optimizer",
         choices=["SGD", "Adam", "AdamW"],
         default="SGD",
         help="(default: %(default)s); lower lr0 to 0.001 for Adam",
     )
-    schedule.add_argument("--cos-lr", action="store_true", help="cosine instead of linear decay")
-    schedule.add_argument("--label-smoothing", type=float, default=0.0, metavar="EPS", help="(default: 0)")
-    schedule.add_argument(
+    group.add_argument("--cos-lr", action="store_true", help="cosine instead of linear decay")
+    group.add_argument("--label-smoothing", type=float, default=0.0, metavar="EPS", help="(default: 0)")
+    group.add_argument(
         "--patience",
         type=int,
         default=100,
         metavar="N",
         help="stop after N epochs without gain; 0 never (default: %(default)s)",
     )
-    schedule.add_argument(
+    group.add_argument(
         "--clip-grad",
         type=float,
         default=10.0,
         metavar="NORM",
         help="largest gradient norm; 0 does not clip (default: 10)",
     )
-    schedule.add_argument(
-        "--noautoanchor", action="store_true", help="keep the model's anchors even when they fit badly"
-    )
-    precision = parser.add_argument_group("precision and repeatability")
-    precision.add_argument(
+    group.add_argument("--noautoanchor", action="store_true", help="keep the model's anchors even when they fit badly")
+
+
+def _add_precision_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
         "--amp",
         choices=["auto", "bf16", "fp16", "off"],
         default="auto",
         help="mixed precision; auto: bf16 or fp16 on a GPU, off on the CPU",
     )
-    precision.add_argument("--sync-bn", action="store_true", help="BatchNorm statistics over all ranks (several GPUs)")
-    precision.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
-    precision.add_argument("--deterministic", action="store_true", help="repeatable kernels where they exist; slower")
-    saving = parser.add_argument_group("saving")
-    saving.add_argument(
+    group.add_argument("--sync-bn", action="store_true", help="BatchNorm statistics over all ranks (several GPUs)")
+    group.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    group.add_argument("--deterministic", action="store_true", help="repeatable kernels where they exist; slower")
+
+
+def _add_saving_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
         "--resume",
         nargs="?",
         const="auto",
@@ -126,15 +145,10 @@ def build_parser() -> Parser:
         metavar="LAST.PT",
         help="go on with this run, or with the newest; --epochs may be raised",
     )
-    saving.add_argument("--nosave", action="store_true", help="write checkpoints only at the end")
-    saving.add_argument("--noval", action="store_true", help="validate only after the last epoch")
-    saving.add_argument("--noplots", action="store_true", help="draw no pictures")
-    saving.add_argument("--save-period", type=int, default=-1, metavar="N", help="also keep epochN.pt every N epochs")
-    add_run_flags(parser, "runs/train")
-    parser.add_argument(
-        "--local_rank", "--local-rank", type=int, default=-1, help="ignored: torchrun tells ranks by environment"
-    )
-    return parser
+    group.add_argument("--nosave", action="store_true", help="write checkpoints only at the end")
+    group.add_argument("--noval", action="store_true", help="validate only after the last epoch")
+    group.add_argument("--noplots", action="store_true", help="draw no pictures")
+    group.add_argument("--save-period", type=int, default=-1, metavar="N", help="also keep epochN.pt every N epochs")
 
 
 NOT_SETTINGS = {"check_data", "debug", "local_rank"}

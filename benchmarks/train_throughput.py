@@ -13,7 +13,7 @@ import argparse
 import tempfile
 import time
 from collections.abc import Iterator
-from itertools import islice
+from itertools import count, cycle, islice
 from pathlib import Path
 
 import torch
@@ -22,6 +22,7 @@ from benchmarks.report import cpu_name, heading, table
 from engine.epoch import Learner
 from engine.parts import build_learner, build_loaders, build_model, frame_for
 from utils.config import DataConfig, Hyp, TrainConfig
+from utils.dataloaders import DetectionLoader
 from utils.dataset import DetectionDataset
 from utils.device import describe_device, seed_everything, select_device, to_network_input
 from utils.dist import World
@@ -98,22 +99,24 @@ def measure(case: str, args: argparse.Namespace, device: torch.device) -> list[o
         learner.model.train()
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        count = args.warmup + args.steps
-        real = rate(learner, islice(_forever(loader), count), args.warmup)
+        total = args.warmup + args.steps
+        real = rate(learner, islice(epochs_of(loader), total), args.warmup)
         memory = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else float("nan")
         held = [b for b in islice(loader, 8)]
         if device.type == "cuda":
             held = [b.pin_memory() for b in held]
-        replay = rate(learner, islice(_forever(held), count), args.warmup)
+        replay = rate(learner, islice(cycle(held), total), args.warmup)
     stem = name.removesuffix(".yaml")
     then, then_replay, then_memory = UPSTREAM.get((stem, int(batch)), (None, None, None))
     ratios = [f"{a / b:.2f}" if b else "-" for a, b in ((real, then), (replay, then_replay))]
     return [stem, batch, real, replay, memory, then or "-", then_replay or "-", then_memory or "-", *ratios]
 
 
-def _forever(batches) -> Iterator:
-    while True:
-        yield from batches
+def epochs_of(loader: DetectionLoader) -> Iterator:
+    """The batches of one epoch after another, as the trainer asks for them: loaded ahead across their border."""
+    for epoch in count():
+        loader.set_epoch(epoch)
+        yield from loader
 
 
 def main() -> None:

@@ -109,7 +109,7 @@ def train_one_epoch(
     rng = np.random.default_rng((multi_scale.seed, epoch)) if multi_scale else None
     meter = _Meter(learner, epoch, epochs, len(loader))
     bar = progress(loader, total=len(loader), enabled=learner.world.main)
-    size = 0
+    count = size = 0
     try:
         for index, batch in enumerate(bar):
             settings = learner.schedule.at(epoch, index)
@@ -117,7 +117,7 @@ def train_one_epoch(
             images = to_network_input(batch.images, learner.device)
             if multi_scale:
                 images = resize_batch(images, rng, multi_scale.imgsz, multi_scale.stride)
-            size = images.shape[-1]
+            count, size = images.shape[0], images.shape[-1]
             parts = learner.backward(images, batch.targets.to(learner.device, non_blocking=True))
             if settings.optimizer_step:
                 learner.step()
@@ -125,11 +125,11 @@ def train_one_epoch(
             if text:
                 bar.set_description(text, refresh=False)
     except torch.OutOfMemoryError:
-        raise _out_of_memory(learner, batch.images.shape[0], size) from None
+        raise _out_of_memory(learner, count, size) from None
     except RuntimeError as error:
         if "can't allocate memory" not in str(error):
             raise
-        raise _out_of_memory(learner, batch.images.shape[0], size) from None
+        raise _out_of_memory(learner, count, size) from None
     finally:
         bar.close()
     return EpochResult(meter.finish(), settings.lr, meter.images_per_second)

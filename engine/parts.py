@@ -92,6 +92,15 @@ def with_auto_batch(frame: Frame, model: DetectionModel, cfg: TrainConfig, devic
     return replace(frame, batch=choice.batch, rank_batch=choice.batch)
 
 
+def within_data(frame: Frame, images: int, world: World) -> Frame:
+    """The frame with a batch that the data can fill: a larger one would only scale the weight decay up."""
+    most = max(images // world.size, 1) * world.size
+    if frame.batch <= most:
+        return frame
+    LOGGER.warning(f"--batch-size {frame.batch}: there are {images} training images, using {most}")
+    return replace(frame, batch=most, rank_batch=most // world.size)
+
+
 def build_datasets(
     cfg: TrainConfig, hyp: Hyp, data: DataConfig, frame: Frame, world: World
 ) -> tuple[DetectionDataset, DetectionDataset]:
@@ -116,7 +125,7 @@ def build_datasets(
             data.val,
             frame.imgsz,
             rect=True,
-            batch_size=min(frame.rank_batch * 2, max(len(train), 1)),
+            batch_size=frame.rank_batch * 2,  # nothing is kept for a backward pass
             stride=frame.stride,
             pad=0.5,
             cache="ram" if cfg.cache == "val" else cfg.cache,

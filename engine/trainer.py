@@ -22,6 +22,7 @@ from engine.parts import (
     frame_for,
     share_anchors,
     with_auto_batch,
+    within_data,
 )
 from engine.state import Progress, describe_run, restore, save_best, save_last
 from models.loading import load_model
@@ -54,7 +55,7 @@ def train(cfg: TrainConfig, hyp: Hyp, data: DataConfig, notes: Sequence[str] = (
     device = select_device(cfg.device, world.local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # pinning and NCCL's barriers take the current one: not a GPU nobody asked for
-    _check_together(cfg, world)
+    _check_together(cfg, hyp, world)
     _announce(cfg, hyp, device, notes)
     seed_everything(cfg.seed + 1 + world.rank, cfg.deterministic)
     if cfg.label_smoothing:
@@ -64,6 +65,7 @@ def train(cfg: TrainConfig, hyp: Hyp, data: DataConfig, notes: Sequence[str] = (
     frame = with_auto_batch(frame_for(cfg, model, world), model, cfg, device)
     cfg = replace(cfg, batch_size=frame.batch)  # what --batch-size -1 found: a resumed run must not measure again
     train_set, val_set = build_datasets(cfg, hyp, data, frame, world)
+    frame = within_data(frame, len(train_set), world)
     loader, val_loader = build_loaders(cfg, train_set, val_set, frame, world)
     if not (cfg.noautoanchor or cfg.resume):
         if world.main:
@@ -173,7 +175,9 @@ def validate(run: Run) -> Metrics:
     return metrics
 
 
-def _check_together(cfg: TrainConfig, world: World) -> None:
+def _check_together(cfg: TrainConfig, hyp: Hyp, world: World) -> None:
+    if cfg.noautoanchor and hyp.anchors and not cfg.resume:
+        raise ConfigError(f"--noautoanchor: the hyper-parameter anchors: {hyp.anchors:g} asks AutoAnchor to find them")
     if world.size > 1 and cfg.image_weights:
         raise ConfigError("--image-weights works in one process: ranks would draw different images")
     if cfg.noval and cfg.patience < cfg.epochs and cfg.patience:

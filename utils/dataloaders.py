@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Sampler, default_collate
 from utils.augmentations import Letterbox
 from utils.dataset import DetectionDataset, Draw, Sample
 from utils.errors import ResourceError, UserError
+from utils.signals import interrupts_deferred
 
 
 @dataclass
@@ -175,7 +176,8 @@ class DetectionLoader(DataLoader):
     def _epoch(self) -> Iterator[Batch]:
         epoch = self.batch_sampler.epoch
         if not self.batch_sampler.endless or self._stream_epoch != epoch:
-            self._stream = super().__iter__()
+            with interrupts_deferred():  # Ctrl-C while processes start would be lost in them
+                self._stream = super().__iter__()
         self._stream_epoch = -1  # an iteration that is left before its end leaves the stream in mid-epoch
         yield from islice(self._stream, len(self))
         self._stream_epoch = epoch + 1

@@ -120,6 +120,19 @@ def test_flags_that_change_the_loop(tmp_path: Path, train_cli) -> None:
     assert (tmp_path / "runs" / "exp" / "weights" / "best.pt").is_file()
 
 
+def test_a_batch_larger_than_the_data_is_cut_to_it(tmp_path: Path, train_cli) -> None:
+    status, out, err = train_cli("--batch", "1000")
+    assert status == 0, err
+    assert "--batch-size 1000: there are 8 training images, using 8" in out
+    assert "weight(decay=0.0005)" in out
+
+
+def test_anchors_to_be_found_need_autoanchor(tmp_path: Path, train_cli) -> None:
+    (tmp_path / "hyp.yaml").write_text("anchors: 3\n")
+    status, _, err = train_cli("--hyp", str(tmp_path / "hyp.yaml"), "--noautoanchor")
+    assert status == 2 and "--noautoanchor" in err and err.count("\n") == 1
+
+
 def test_quad_multiplies_the_batch(tmp_path: Path, train_cli) -> None:
     status, _, err = train_cli("--quad")
     assert status == 0, err

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -40,13 +40,18 @@ def describe_run(model, cfg: TrainConfig, hyp: Hyp) -> dict[str, Any]:
         "anchors": (model.detect.anchors * model.detect.stride.view(-1, 1, 1)).flatten(1).tolist(),
         "imgsz": cfg.imgsz,
         "hyp": hyp.to_dict(),
-        "opt": {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(cfg).items()},
+        "opt": cfg.to_dict(),
         "versions": {
             "torch": torch.__version__,
             "torchvision": torchvision.__version__,
             "python": platform.python_version(),
         },
     }
+
+
+def _stamped(meta: dict[str, Any], epoch: int, metrics: dict[str, float]) -> dict[str, Any]:
+    """``meta`` with what belongs to one checkpoint: its epoch, that epoch's metrics, and now."""
+    return {**meta, "epoch": epoch, "metrics": metrics, "date": datetime.now().isoformat(timespec="seconds")}
 
 
 def save_last(
@@ -63,15 +68,13 @@ def save_last(
         "class_maps": list(progress.class_maps),
         "rng": rng_state(),
     }
-    meta = {**meta, "epoch": epoch, "metrics": metrics, "date": datetime.now().isoformat(timespec="seconds")}
-    save_checkpoint(path, learner.ema.model.state_dict(), meta, {**train, "epoch": epoch})
+    save_checkpoint(path, learner.ema.model.state_dict(), _stamped(meta, epoch, metrics), {**train, "epoch": epoch})
 
 
 def save_best(path: Path, state: dict, meta: dict, epoch: int, metrics: dict[str, float]) -> None:
     """Write the averaged weights alone, in half precision: small, and all that val, detect and export need."""
-    meta = {**meta, "epoch": epoch, "metrics": metrics, "date": datetime.now().isoformat(timespec="seconds")}
     half = {key: half_precision(value) for key, value in state.items()}
-    save_checkpoint(path, half, meta)
+    save_checkpoint(path, half, _stamped(meta, epoch, metrics))
 
 
 def restore(path: str | Path, learner: Learner, progress: Progress) -> None:

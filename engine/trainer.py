@@ -6,8 +6,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
 from engine.epoch import EpochResult, Learner, MultiScale, log_header, train_one_epoch
 from engine.eval_outputs import BatchPictures, save_curves
@@ -159,20 +161,24 @@ def fit(run: Run, multi_scale: MultiScale | None = None) -> None:
 
 def validate(run: Run) -> Metrics:
     """Metrics and losses of the averaged weights on the validation split."""
-    learner = run.learner
-    run.val_loader.set_epoch(run.validations)  # only to keep its stream going: each holds the same images
-    run.validations += 1
-    metrics = evaluate(
-        learner.ema.model,
-        run.val_loader,
-        device=learner.device,
-        names=run.data.names,
-        single_cls=run.cfg.single_cls,
-        amp_dtype=learner.amp_dtype,
-        criterion=learner.criterion,
-    )
+    metrics = _evaluate(run, run.learner.ema.model, criterion=run.learner.criterion)
     LOGGER.info(metrics.table(run.data.names, verbose=False))
     return metrics
+
+
+def _evaluate(run: Run, model: nn.Module, **options: Any) -> Metrics:
+    """``model`` on the validation split with the run's settings; ``options`` as engine.evaluator.evaluate's."""
+    run.val_loader.set_epoch(run.validations)  # only to keep its stream going: each holds the same images
+    run.validations += 1
+    return evaluate(
+        model,
+        run.val_loader,
+        device=run.learner.device,
+        names=run.data.names,
+        single_cls=run.cfg.single_cls,
+        amp_dtype=run.learner.amp_dtype,
+        **options,
+    )
 
 
 def _check_together(cfg: TrainConfig, hyp: Hyp, world: World) -> None:
@@ -222,8 +228,7 @@ def _open_run_dir(cfg: TrainConfig, hyp: Hyp, world: World) -> Path | None:
     else:
         run_dir = new_run_dir(cfg.project, cfg.name, cfg.exist_ok)
     (run_dir / "weights").mkdir(exist_ok=True)
-    options = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(cfg).items()}
-    atomic_write(run_dir / "opt.yaml", dump_yaml({**options, "resume": "", "save_dir": str(run_dir)}))
+    atomic_write(run_dir / "opt.yaml", dump_yaml({**cfg.to_dict(), "resume": "", "save_dir": str(run_dir)}))
     atomic_write(run_dir / "hyp.yaml", dump_yaml(hyp.to_dict()))
     return run_dir
 
@@ -284,17 +289,8 @@ def _finish(run: Run, logger: RunLogger) -> None:
     if run.best.is_file():
         LOGGER.info(f"\nValidating {run.best}...\n{TABLE_HEADER}")
         observers = [] if run.cfg.noplots else [BatchPictures(run.dir, run.data.names)]
-        run.val_loader.set_epoch(run.validations)
-        metrics = evaluate(
-            load_model(run.best, run.learner.device),
-            run.val_loader,
-            device=run.learner.device,
-            names=run.data.names,
-            single_cls=run.cfg.single_cls,
-            amp_dtype=run.learner.amp_dtype,
-            observers=observers,
-            show_progress=False,
-        )
+        model = load_model(run.best, run.learner.device)
+        metrics = _evaluate(run, model, observers=observers, show_progress=False)
         LOGGER.info(metrics.table(run.data.names))
         if not run.cfg.noplots:
             save_curves(metrics, run.data.names, run.dir)

@@ -375,6 +375,10 @@ class TrainConfig:
             if not fine:
                 raise ConfigError(message)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain mapping for opt.yaml and checkpoints, in the order of the fields."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+
     @property
     def freeze_layers(self) -> tuple[int, ...]:
         """Layer numbers to freeze: one number N means 0..N-1, several mean exactly those."""

@@ -92,9 +92,3 @@ class _LastLine:
 def plural(count: int, noun: str, plural_form: str | None = None) -> str:
     """``1 image``, ``2 images``."""
     return f"{count:,} {noun if count == 1 else plural_form or noun + 's'}"
-
-
-def chunks(items: list, size: int) -> Iterator[list]:
-    """Consecutive slices of at most ``size`` items."""
-    for start in range(0, len(items), size):
-        yield items[start : start + size]

@@ -18,7 +18,7 @@ from utils.console import LOGGER
 from utils.files import atomic_write
 from utils.labels import format_detections
 from utils.metrics import Metrics
-from utils.plots import plot_batch
+from utils.plots import batch_tiles, plot_batch
 from utils.safe_names import UniqueNames
 
 if TYPE_CHECKING:
@@ -92,9 +92,10 @@ class BatchPictures:
 
     def __call__(self, batch: Batch, detections: Sequence[Tensor], results: Sequence[ImageResult]) -> None:
         if self._seen < self.batches:
-            stem = f"val_batch{self._seen}"
-            plot_batch(batch.images, batch.targets, batch.paths, self.names, self.folder / f"{stem}_labels.jpg")
-            plot_batch(batch.images, detections, batch.paths, self.names, self.folder / f"{stem}_pred.jpg")
+            tiles = batch_tiles(batch.images)
+            for boxes, kind in ((batch.targets, "labels"), (detections, "pred")):
+                file = self.folder / f"val_batch{self._seen}_{kind}.jpg"
+                plot_batch(batch.images, boxes, batch.paths, self.names, file, tiles)
         self._seen += 1
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 from torch import Tensor
-from torchvision.ops import nms
 
 from utils.boxes import cxcywh_to_xyxy
 from utils.config import check_thresholds
@@ -90,10 +92,29 @@ def _suppress(candidates: Tensor, iou_thres: float, agnostic: bool, max_det: int
         boxes = boxes + candidates[:, 5:6] * offset
     # Block by block, by falling score: what survived so far meets the next block. The survivors are those of one call
     # with everything, which would compare each box with all others: its cost grows with the square.
-    kept = torch.arange(0, device=boxes.device)
+    nms, kept = _kernel(), torch.arange(0, device=boxes.device)
     for start in range(0, len(boxes), BLOCK):
         pool = torch.cat((kept, torch.arange(start, min(start + BLOCK, len(boxes)), device=boxes.device)))
         kept = pool[nms(boxes[pool], candidates[pool, 4], iou_thres)]  # by falling score
         if len(kept) >= max_det:
             break
     return candidates[kept[:max_det]]
+
+
+@lru_cache(maxsize=1)
+def _kernel() -> Callable[[Tensor, Tensor, float], Tensor]:
+    """torchvision's nms: boxes (k, 4), scores (k,), IoU threshold -> (n,) indices kept, by falling score.
+
+    Its compiled library is loaded by itself: importing the package around it also imports torch's compiler and sympy,
+    which takes a second, as long as torch itself.
+    """
+    spec = find_spec("torchvision")
+    for file in sorted(Path(spec.origin).parent.glob("_C*.so")) if spec and spec.origin else ():
+        try:
+            torch.ops.load_library(file)
+            return torch.ops.torchvision.nms
+        except (OSError, AttributeError):  # a build of another layout, or one for another torch
+            continue
+    from torchvision.ops import nms
+
+    return nms

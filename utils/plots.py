@@ -119,28 +119,24 @@ def plot_batch(
     paths: Sequence[str],
     names: Mapping[int, str],
     file: str | Path,
-    max_tiles: int = 16,
-    max_size: int = 1920,
+    tiles: Sequence[np.ndarray] | None = None,
 ) -> np.ndarray:
     """Write a batch as a grid of tiles, each with its file name, and return it, uint8 (H, W, 3) RGB.
 
     ``images`` uint8 (B, 3, H, W) RGB. ``boxes``: targets (T, 6) image index, class, cx, cy, w, h in 0..1, or one
     tensor of detections (n, 6) an image, x1, y1, x2, y2 in network pixels, confidence, class, of which those above
-    0.25 are drawn. At most ``max_tiles`` images; the picture is at most ``max_size`` pixels wide and high.
+    0.25 are drawn. ``tiles``: :func:`batch_tiles` of the images, for who draws them more than once.
     """
-    images = images[:max_tiles].cpu()
-    count, _, height, width = images.shape
-    side = math.ceil(math.sqrt(max(count, 1)))
-    scale = min(1.0, max_size / (side * max(height, width)))
-    tile_h, tile_w = max(1, int(height * scale)), max(1, int(width * scale))
-    rows = math.ceil(count / side)
-    grid = np.full((rows * tile_h, side * tile_w, 3), 255, np.uint8)
-    for index in range(count):
-        tile = cv2.resize(images[index].permute(1, 2, 0).numpy(), (tile_w, tile_h), interpolation=cv2.INTER_AREA)
+    height, width = images.shape[2:]
+    tiles = batch_tiles(images) if tiles is None else tiles
+    tile_h, tile_w = tiles[0].shape[:2] if len(tiles) else (1, 1)
+    side = math.ceil(math.sqrt(max(len(tiles), 1)))
+    grid = np.full((math.ceil(len(tiles) / side) * tile_h, side * tile_w, 3), 255, np.uint8)
+    for index, plain in enumerate(tiles):
         xyxy, texts, classes = _boxes_of(boxes, index, (height, width), names)
         xyxy = xyxy * np.array([tile_w / width, tile_h / height] * 2)
         line_width = default_line_width(tile_h, tile_w)
-        file_name = Path(paths[index]).name[:40]
+        tile, file_name = plain.copy(), Path(paths[index]).name[:40]
         _draw_label(tile, file_name, (0, 10 * tile_h), (40, 40, 40), (255, 255, 255), line_width)  # bottom left
         tile = draw_detections(tile, xyxy, texts, [class_colour(c) for c in classes], line_width)
         tile[[0, -1]], tile[:, [0, -1]] = 255, 255
@@ -148,6 +144,16 @@ def plot_batch(
         grid[y : y + tile_h, x : x + tile_w] = tile
     write_image(file, grid)
     return grid
+
+
+def batch_tiles(images: Tensor, max_tiles: int = 16, max_size: int = 1920) -> list[np.ndarray]:
+    """The first ``max_tiles`` of uint8 images (B, 3, H, W) as (h, w, 3), so small that a square grid of them is at most
+    ``max_size`` pixels wide and high."""
+    images = images[:max_tiles].cpu()
+    count, _, height, width = images.shape
+    scale = min(1.0, max_size / (math.ceil(math.sqrt(max(count, 1))) * max(height, width)))
+    size = max(1, int(width * scale)), max(1, int(height * scale))
+    return [cv2.resize(image.permute(1, 2, 0).numpy(), size, interpolation=cv2.INTER_AREA) for image in images]
 
 
 def _boxes_of(
@@ -169,16 +175,13 @@ def _boxes_of(
 
 def write_image(file: str | Path, image: np.ndarray, bgr: bool = False) -> None:
     """Write uint8 (H, W, 3) RGB (or BGR) in the format of the suffix. Raises ResourceError when that fails."""
-    pixels = image if bgr else np.ascontiguousarray(image[..., ::-1])
     file = Path(file)
     try:
-        encoded, data = cv2.imencode(file.suffix, pixels)
+        encoded, data = cv2.imencode(file.suffix, image if bgr else cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
     except cv2.error:
         encoded = False
     if not encoded:
-        raise ResourceError(
-            f"{file}: a {pixels.shape[1]}x{pixels.shape[0]} picture cannot be written as '{file.suffix}'"
-        )
+        raise ResourceError(f"{file}: a {image.shape[1]}x{image.shape[0]} picture cannot be written as '{file.suffix}'")
     try:  # not by cv2.imwrite: it crashes on names that are not UTF-8 and does not say why a write failed
         file.write_bytes(data)
     except OSError as error:

@@ -1,6 +1,9 @@
 """NMS against upstream's kept rows, and the promises upstream does not make."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -108,3 +111,22 @@ def test_half_precision_input_gives_float32():
 def test_bad_thresholds_are_one_line(bad):
     with pytest.raises(ConfigError, match=f"--{next(iter(bad)).replace('_', '-')}"):
         non_max_suppression(torch.zeros(1, 1, 7), **bad)
+
+
+def test_the_kernel_comes_without_the_package_around_it():
+    code = (
+        "import sys, torch; from utils.nms import non_max_suppression\n"
+        "rows = torch.tensor([[[9.0, 9, 4, 4, 0.9, 0.9], [9, 9, 4, 4, 0.8, 0.8]]])\n"
+        "assert len(non_max_suppression(rows)[0]) == 1 and 'torchvision' not in sys.modules"
+    )
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_without_a_library_of_its_own_the_package_is_imported(monkeypatch):
+    monkeypatch.setattr(nms_module, "find_spec", lambda name: None)
+    boxes, scores = torch.tensor([[0.0, 0, 9, 9], [0, 0, 9, 8], [20, 20, 29, 29]]), torch.tensor([0.5, 0.9, 0.1])
+    kernel = nms_module._kernel.__wrapped__()
+    assert kernel.__module__.startswith("torchvision")
+    assert kernel(boxes, scores, 0.5).tolist() == nms_module._kernel()(boxes, scores, 0.5).tolist() == [1, 2]

@@ -7,7 +7,7 @@ import torch
 
 from utils import curves
 from utils.errors import ResourceError
-from utils.plots import PALETTE, class_colour, draw_detections, plot_batch, write_image
+from utils.plots import PALETTE, batch_tiles, class_colour, draw_detections, plot_batch, write_image
 
 
 def grey(height, width):
@@ -57,6 +57,8 @@ def test_batches_of_targets_and_of_detections(tmp_path):
     detections = [torch.tensor([[5.0, 5, 40, 40, 0.9, 1], [0, 0, 9, 9, 0.1, 0]]), torch.zeros(0, 6)]
     plot_batch(images[:2], detections, paths, names, tmp_path / "d.png")
     assert cv2.imread(str(tmp_path / "d.png")).shape == (48, 128, 3)
+    again = plot_batch(images, targets, paths, names, tmp_path / "again.png", batch_tiles(images))
+    assert (again == plot_batch(images, targets, paths, names, tmp_path / "t.png")).all()  # tiles are left as they were
     large = torch.zeros(4, 3, 1280, 1280, dtype=torch.uint8)
     plot_batch(large, torch.zeros(0, 6), paths, names, tmp_path / "l.jpg")
     assert max(cv2.imread(str(tmp_path / "l.jpg")).shape) <= 1920

@@ -13,8 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from models.ops.deform_conv import deform_conv2d
-from models.ops.precision import at_least_float32
+from models.ops.deform_conv import deform_conv2d_raw
 
 Size = int | tuple[int, int]
 
@@ -82,6 +81,7 @@ class DCN(nn.Module):
         kernel = (k, k) if isinstance(k, int) else tuple(k)
         self.stride, self.padding, self.dilation = s, autopad(k, p, d), d
         self.offset_groups = offset_groups
+        self.backend = "auto"  # one of models.ops.deform_conv.BACKENDS
         self.weight = nn.Parameter(torch.empty(c2, c1 // g, *kernel))
         self.bias = nn.Parameter(torch.empty(c2))
         self.conv_offset_mask = nn.Conv2d(
@@ -98,16 +98,9 @@ class DCN(nn.Module):
         self.conv_offset_mask.weight.zero_()
         self.conv_offset_mask.bias.zero_()
 
-    def offset_and_mask(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Offsets (B, 2*K*G, H', W') in input pixels, dtype of the convolution; mask (B, K*G, H', W') in 0..1, at
-        least float32."""
-        raw = self.conv_offset_mask(x)
-        taps = raw.shape[1] // 3
-        return raw[:, : 2 * taps], at_least_float32(raw[:, 2 * taps :]).sigmoid()
-
     def forward(self, x: Tensor) -> Tensor:
-        offset, mask = self.offset_and_mask(x)
-        return deform_conv2d(x, offset, mask, self.weight, self.bias, self.stride, self.padding, self.dilation)
+        raw = self.conv_offset_mask(x)
+        return deform_conv2d_raw(x, raw, self.weight, self.bias, self.stride, self.padding, self.dilation, self.backend)
 
     def extra_repr(self) -> str:
         c2, c1, *kernel = self.weight.shape

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import random
 from pathlib import Path
 
@@ -14,6 +16,23 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
+    if not torch.cuda.is_available():
+        _interpret_triton()
+
+
+def _interpret_triton() -> None:
+    """Have this process's Triton kernels run in Triton's interpreter (tests/models/test_fused_dcn.py).
+
+    Triton reads the switch when it and the kernels are imported; it is taken back at once, because with it the program
+    under test accepts ``--dcn-backend triton`` on the CPU.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return
+    os.environ["TRITON_INTERPRET"] = "1"
+    try:
+        importlib.import_module("models.ops.dcn_kernels")
+    finally:
+        del os.environ["TRITON_INTERPRET"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

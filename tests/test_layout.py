@@ -17,10 +17,12 @@ SCRIPTS = ("train", "val", "detect", "export")
 # From the bottom up; a module imports only from levels below its own.
 LEVELS = (
     """
-utils.signals
+utils.signals models.ops.precision models.ops.dcn_kernels
+models.ops.dcn_launch
+models.ops.dcn_op
 utils.errors utils.console utils.boxes utils.augmentations utils.frames utils.crops utils.safe_names utils.label_index \
     utils.assign utils.autoanchor utils.dcn_watch utils.early_stopping utils.ema utils.stages \
-    models.activations models.ops.*
+    models.activations models.ops.deform_conv
 utils.files utils.device utils.dist utils.images utils.labels utils.mosaic utils.plots utils.curves \
     utils.metrics utils.confusion utils.coco utils.optim utils.autobatch utils.streams models.common models.head
 utils.config utils.checkpoint utils.loggers utils.label_cache utils.sources \

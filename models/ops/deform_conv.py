@@ -1,19 +1,34 @@
-"""Modulated deformable convolution (DCNv2, arXiv 1811.11168, eq. 1) as one function.
+"""Modulated deformable convolution (DCNv2, arXiv 1811.11168, eq. 1) as one function, and its choice of backend.
 
-Blocks call :func:`deform_conv2d` and nothing else: the dtype policy, the guard against non-finite offsets and the
-choice of a kernel live here. Today's kernel is torchvision's; another one joins at the last line of the function.
+Blocks call :func:`deform_conv2d`, or :func:`deform_conv2d_raw` with the raw output of their offset convolution, and
+nothing else: the dtype policy, the guard against non-finite offsets and the choice of a kernel live here.
+``torchvision`` is the reference and runs everywhere; ``triton`` is the fused kernel of :mod:`models.ops.dcn_op`.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import math
+import os
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torchvision
 from torch import Tensor
 
+from models.ops import dcn_op
+from models.ops.dcn_op import output_size
+from models.ops.precision import at_least_float32
+
+__all__ = ["BACKENDS", "backend_for", "deform_conv2d", "deform_conv2d_raw", "output_size"]
+
+BACKENDS = ("auto", "triton", "torchvision")
 FAR = 1e6
 """Pixels. Offsets are cut to +-FAR, which is outside every image: a sample there is 0 and so are its gradients."""
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+FUSED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+LARGEST_IMAGE = 2**31 - 1
+"""Elements: the fused kernels count within one image of a batch in 32 bits (and across images in 64)."""
 
 
 def deform_conv2d(
@@ -25,26 +40,120 @@ def deform_conv2d(
     stride: int | tuple[int, int] = 1,
     padding: int | tuple[int, int] = 0,
     dilation: int | tuple[int, int] = 1,
+    groups: int | None = None,
+    offset_groups: int | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """Convolve ``x`` at positions moved by ``offset`` and weighted by ``mask``.
 
     x (B, Cin, H, W); weight (Cout, Cin/G, kh, kw); bias (Cout,) or None. With K = kh*kw taps and OG offset groups:
     offset (B, 2*OG*K, H', W') in input pixels, a (y, x) pair per tap, groups outermost; mask (B, OG*K, H', W').
-    G and OG are read off the shapes. Returns (B, Cout, H', W'), H' = floor((H + 2p - d(kh-1) - 1)/s) + 1.
+    G and OG are read off the shapes; given as ``groups`` and ``offset_groups`` they are checked. Returns
+    (B, Cout, H', W'), H' = floor((H + 2p - d(kh-1) - 1)/s) + 1.
 
     Tap (i, j) of output (h, w) reads x at (h*s - p + i*d + dy, w*s - p + j*d + dx), bilinear, zero outside.
 
-    dtype: coordinates in half precision are wrong by whole pixels on large maps, so everything is computed in float32
-    (float64 for float64 ``x``) with autocast off. The result has the autocast dtype when autocast is on for the
-    device, else the dtype of ``x``.
+    dtype: coordinates in half precision are wrong by whole pixels on large maps, so they and all sums are float32
+    (float64 for float64 ``x``). The result has the autocast dtype when autocast is on for the device, else the dtype
+    of ``x``. ``torchvision`` computes everything in float32; ``triton`` multiplies in the result's dtype, as a
+    convolution does, and keeps float32 offsets in float32.
 
     Non-finite input never faults: a NaN offset gives NaN in its output pixel (a loss check must see it), an infinite
     one samples outside the image, which is 0.
 
-    Raises ValueError for shapes that do not belong together.
+    ``backend``: see :func:`backend_for`. Raises ValueError for shapes that do not belong together and for a backend
+    that cannot run there.
     """
     stride, padding, dilation = _pair(stride), _pair(padding), _pair(dilation)
     _check_shapes(x, offset, mask, weight, bias, stride, padding, dilation)
+    _check_groups(x, mask, weight, groups, offset_groups)
+    if _choose(x, weight, (offset, mask), backend) == "triton":
+        raw = torch.cat([offset, mask.to(torch.promote_types(offset.dtype, mask.dtype))], 1)
+        return _fused(x, raw, weight, bias, stride, padding, dilation, logits=False)
+    return _reference(x, offset, mask, weight, bias, stride, padding, dilation)
+
+
+def deform_conv2d_raw(
+    x: Tensor,
+    raw: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1,
+    backend: str = "auto",
+) -> Tensor:
+    """:func:`deform_conv2d` of a layer's raw offset convolution: ``raw`` (B, 3*OG*K, H', W') holds 2*OG*K offsets, then
+    OG*K mask logits, whose sigmoid (at least float32) is the mask. The fused kernel takes it as it is."""
+    stride, padding, dilation = _pair(stride), _pair(padding), _pair(dilation)
+    pairs = raw.shape[1] // 3 * 2
+    offset, logits = raw[:, :pairs], raw[:, pairs:]
+    _check_shapes(x, offset, logits, weight, bias, stride, padding, dilation)
+    if _choose(x, weight, (raw,), backend) == "triton":
+        return _fused(x, raw, weight, bias, stride, padding, dilation, logits=True)
+    mask = at_least_float32(logits).sigmoid()
+    return _reference(x, offset, mask, weight, bias, stride, padding, dilation)
+
+
+def backend_for(device: torch.device | str, dtype: torch.dtype, backend: str = "auto") -> str:
+    """``triton`` or ``torchvision``: what runs for maps of ``dtype`` on ``device`` when ``backend`` is asked for.
+
+    ``auto`` takes triton on CUDA devices of compute capability 8.0 or newer if the package is there and dtype is not
+    float64. Raises ValueError, naming the reason, where ``triton`` is asked for and cannot run.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"DCN backend {backend!r} is unknown: choose one of {', '.join(BACKENDS)}")
+    if backend == "torchvision":
+        return backend
+    obstacle = _obstacle(torch.device(device), dtype, explicit=backend == "triton")
+    if obstacle is None:
+        return "triton"
+    if backend == "triton":
+        raise ValueError(f"DCN backend triton cannot run here: {obstacle}")
+    return "torchvision"
+
+
+def _obstacle(device: torch.device, dtype: torch.dtype, explicit: bool) -> str | None:
+    """Why the fused kernel cannot run, or None."""
+    if not HAS_TRITON:
+        return "the triton package is not installed"
+    interpreted = explicit and os.environ.get("TRITON_INTERPRET") == "1"  # Triton's own switch: kernels run on the CPU
+    if device.type != "cuda" and not interpreted:
+        return f"it needs a CUDA device, not {device.type}"
+    if device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
+    if dtype not in FUSED_DTYPES:
+        return f"{str(dtype).removeprefix('torch.')} is not supported"
+    return None
+
+
+def _choose(x: Tensor, weight: Tensor, rest: tuple[Tensor, ...], backend: str) -> str:
+    """The backend for these tensors; an image too large for the fused kernel's counters goes to torchvision."""
+    double = any(t.dtype == torch.float64 for t in (x, weight, *rest))
+    chosen = backend_for(x.device, torch.float64 if double else x.dtype, backend)
+    if chosen == "triton" and _largest_image(x, weight, rest) > LARGEST_IMAGE:
+        if backend == "triton":
+            raise ValueError(f"DCN backend triton: an image of {tuple(x.shape[1:])} has more than 2^31 elements")
+        return "torchvision"
+    return chosen
+
+
+def _largest_image(x: Tensor, weight: Tensor, rest: tuple[Tensor, ...]) -> int:
+    """Elements of one image of the largest map: input, offsets and mask, or output."""
+    channels = max(sum(t.shape[1] for t in rest), weight.shape[0])
+    return max(math.prod(x.shape[1:]), channels * math.prod(rest[0].shape[2:]))
+
+
+def _fused(x, raw, weight, bias, stride, padding, dilation, logits: bool) -> Tensor:
+    """The registered operator, on x and weight in the result's dtype; offsets keep the precision they came in."""
+    dtype = _result_dtype(x)
+    taps = weight.shape[2] * weight.shape[3]
+    offset_groups = raw.shape[1] // (3 * taps)
+    return dcn_op.forward(x.to(dtype), raw, weight.to(dtype), bias, stride, padding, dilation, offset_groups, logits)
+
+
+def _reference(x, offset, mask, weight, bias, stride, padding, dilation) -> Tensor:
+    """torchvision's operator in float32 (float64 for float64 x), autocast off."""
     double = x.dtype == torch.float64
     compute = torch.float64 if double else torch.float32
     with _autocast_off(x.device.type):
@@ -60,20 +169,6 @@ def deform_conv2d(
             mask=mask,
         )
     return out if double else out.to(_result_dtype(x))
-
-
-def output_size(
-    height: int,
-    width: int,
-    kernel: tuple[int, int],
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
-) -> tuple[int, int]:
-    """(H', W') of a convolution over an (H, W) map."""
-    sizes = zip((height, width), kernel, stride, padding, dilation)
-    rows, columns = ((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sizes)
-    return rows, columns
 
 
 def _guard(offset: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -106,6 +201,16 @@ def _result_dtype(x: Tensor) -> torch.dtype:
 
 def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else tuple(value)
+
+
+def _check_groups(x: Tensor, mask: Tensor, weight: Tensor, groups: int | None, offset_groups: int | None) -> None:
+    """Group counts a caller gave against those of the shapes."""
+    for name, given, actual in (
+        ("groups", groups, x.shape[1] // weight.shape[1]),
+        ("offset_groups", offset_groups, mask.shape[1] // (weight.shape[2] * weight.shape[3])),
+    ):
+        if given is not None and given != actual:
+            raise ValueError(f"deform_conv2d: {name}={given}, but the shapes say {actual}")
 
 
 def _check_shapes(x, offset, mask, weight, bias, stride, padding, dilation) -> None:

@@ -1,0 +1,236 @@
+"""Launch the Triton kernels of the modulated deformable convolution: layouts, tile sizes and scratch memory.
+
+Importing this module imports Triton; :mod:`models.ops.dcn_op` does so on first use.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from models.ops import dcn_kernels as kernels
+
+SCRATCH_BYTES = 256 << 20
+"""The float32 gradient of x is summed for so many images at a time that this much holds them. Measured: fewer at a time
+(even few enough to stay in L2) is slower, since every launch ends with idle multiprocessors."""
+LEVELS = 2.0**62
+"""Fixed point of the deterministic mode: the largest possible sum maps to this."""
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Everything about a call that the kernels take as compile-time constants; sizes in elements."""
+
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    kernel: tuple[int, int]
+    channels: int
+    outputs: int
+    groups: int
+    offset_groups: int
+    logits: bool
+
+    @classmethod
+    def of(cls, x, weight, stride, padding, dilation, offset_groups, logits) -> Geometry:
+        channels, (outputs, group) = x.shape[1], weight.shape[:2]
+        kernel = tuple(weight.shape[2:])
+        pairs = [tuple(int(n) for n in pair) for pair in (stride, padding, dilation)]
+        return cls(*pairs, kernel, channels, outputs, channels // group, offset_groups, logits)
+
+    @property
+    def taps(self) -> int:
+        return math.prod(self.kernel)
+
+    @property
+    def segment(self) -> int:
+        """Channels over which weight group and offset group are both constant."""
+        return math.gcd(self.channels // self.groups, self.channels // self.offset_groups)
+
+    def constants(self) -> dict[str, int | bool]:
+        (sh, sw), (ph, pw), (dh, dw) = self.stride, self.padding, self.dilation
+        return {
+            "C": self.channels, "N": self.outputs, "G": self.groups, "OG": self.offset_groups,
+            "P": 3 * self.taps * self.offset_groups, "CS": self.segment,
+            "SH": sh, "SW": sw, "PH": ph, "PW": pw, "DH": dh, "DW": dw,
+            "KW": self.kernel[1], "K": self.taps, "LOGITS": self.logits,
+        }  # fmt: skip
+
+
+def forward(x: Tensor, raw: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, tiles=None) -> Tensor:
+    """Output (B, N, H', W') in the dtype of x, channels last. x, raw (B, P, H', W') and weight (N, C/G, kh, kw) on one
+    device, x and weight of one dtype."""
+    batch, height, width, rows, columns = x.shape[0], *x.shape[2:], *raw.shape[2:]
+    out = empty_map(x, (batch, geometry.outputs, rows, columns))
+    if out.numel() == 0:
+        return out
+    x, raw = channels_last(x), channels_last(raw)
+    g = geometry.groups
+    packed = weight.reshape(g, geometry.outputs // g, -1, geometry.taps).permute(0, 3, 2, 1).contiguous()
+    tiles = tiles or forward_tiles(geometry, x.dtype)
+    patches = patch_count(batch, rows, columns, tiles)
+    blocks = triton.cdiv(geometry.outputs // g, tiles["BN0"] + tiles["BN1"])
+    kernels.forward[(patches * blocks, g)](
+        x, raw, packed, bias if bias is not None else packed, out, height, width, rows, columns,
+        **geometry.constants(), HAS_BIAS=bias is not None, PRECISION=dot_precision(x.dtype), **tiles,
+    )  # fmt: skip
+    return out
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    raw: Tensor,
+    weight: Tensor,
+    geometry: Geometry,
+    need_x: bool,
+    deterministic: bool,
+    tiles=None,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x (empty unless need_x) and raw for the output's gradient ``grad``, each in its tensor's dtype.
+
+    ``deterministic``: the sums into x's gradient are taken in 64-bit fixed point, so that their order is without
+    consequence; otherwise by float32 atomics.
+    """
+    batch, _, height, width = x.shape
+    rows, columns = raw.shape[2:]
+    grad_x = empty_map(x, x.shape) if need_x else x.new_empty(0)
+    grad_raw = empty_map(raw, raw.shape)
+    if grad.numel() == 0:
+        return grad_x.zero_(), grad_raw
+    x, raw, grad = channels_last(x), channels_last(raw), channels_last(grad)
+    g = geometry.groups
+    packed = weight.reshape(g, geometry.outputs // g, -1, geometry.taps).permute(0, 3, 1, 2).contiguous()
+    tiles = tiles or input_tiles(geometry, x.dtype)
+    step = batch
+    if need_x:
+        kind = torch.int64 if deterministic else torch.float32
+        step = max(1, min(batch, SCRATCH_BYTES // (kind.itemsize * x[0].numel())))
+        scratch = torch.empty((step, height, width, geometry.channels), dtype=kind, device=x.device)
+    else:
+        scratch = grad_x
+    scale = fixed_point(grad, raw, weight, geometry) if deterministic and need_x else scratch
+    for first in range(0, batch, step):
+        images = min(step, batch - first)
+        if need_x:
+            scratch.zero_()
+        kernels.backward_input[(patch_count(images, rows, columns, tiles),)](
+            x, raw, packed, grad, scratch, grad_raw, scale, first, height, width, rows, columns,
+            **geometry.constants(), EXACT=deterministic and need_x, NEED_X=need_x, PRECISION=dot_precision(x.dtype),
+            **tiles,
+        )  # fmt: skip
+        if need_x:
+            total = scratch[:images].permute(0, 3, 1, 2)
+            grad_x[first : first + images] = total.double() / scale if deterministic else total
+    return grad_x, grad_raw
+
+
+def backward_weight(grad: Tensor, x: Tensor, raw: Tensor, weight: Tensor, geometry: Geometry, tiles=None) -> Tensor:
+    """Gradient of weight, summed in float32 in an order that does not change from run to run."""
+    if grad.numel() == 0:
+        return torch.zeros_like(weight)
+    batch, _, height, width = x.shape
+    rows, columns = raw.shape[2:]
+    x, raw, grad = channels_last(x), channels_last(raw), channels_last(grad)
+    g, taps = geometry.groups, geometry.taps
+    c_group, n_group = geometry.channels // g, geometry.outputs // g
+    tiles = tiles or weight_tiles(geometry, x.dtype)
+    patches = patch_count(batch, rows, columns, tiles)
+    blocks = triton.cdiv(geometry.segment, tiles["BC"]) * (c_group // geometry.segment)
+    blocks *= triton.cdiv(n_group, tiles["BN"]) * g * (taps // tiles["TAPS"])
+    tiles = dict(tiles)
+    splits = min(patches, max(1, round(tiles.pop("PROGRAMS") / blocks)))
+    partial = torch.empty((splits, g, taps, n_group, c_group), dtype=torch.float32, device=x.device)
+    kernels.backward_weight[(blocks, splits)](
+        x, raw, grad, partial, patches, height, width, rows, columns,
+        **geometry.constants(), SPLITS=splits, PRECISION=dot_precision(x.dtype), **tiles,
+    )  # fmt: skip
+    return partial.sum(0).permute(0, 2, 3, 1).reshape(weight.shape).to(weight.dtype)
+
+
+def fixed_point(grad: Tensor, raw: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+    """Levels per unit, float64 scalar on the device: so many that no sum into an element of x's gradient overflows.
+
+    At most every tap of every output of the image lands on one element: |grad| * sum |w| over the outputs * |mask|.
+    NaN or inf anywhere makes the scale NaN or 0 and the whole gradient NaN: loud, as it should be.
+    """
+    hits = geometry.taps * grad.shape[2] * grad.shape[3]
+    largest = grad.abs().amax().double() * weight.abs().double().sum(0).amax()
+    if not geometry.logits:
+        masks = geometry.taps * geometry.offset_groups
+        largest = largest * raw[:, 2 * masks : 3 * masks].abs().amax().double()
+    return LEVELS / (hits * largest.clamp(min=1e-300))
+
+
+def channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def empty_map(like: Tensor, shape) -> Tensor:
+    """An uninitialised (B, C, H, W) map laid out channels last."""
+    return torch.empty(tuple(shape), dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+
+
+def patch_count(batch: int, rows: int, columns: int, tiles: dict) -> int:
+    return batch * triton.cdiv(columns, tiles["TW"]) * triton.cdiv(rows, tiles["BM"] // tiles["TW"])
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """How a float32 product is taken: as torch's own switch for matrix products says (tf32 is off by default)."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def power(n: int, least: int, most: int) -> int:
+    """The smallest power of two not below n, within [least, most]."""
+    return min(most, max(least, triton.next_power_of_2(n)))
+
+
+def split_width(n: int, most: int) -> tuple[int, int]:
+    """Two powers of two, of which the second may be 0, that cover n outputs with little waste, in several passes where
+    n > 1.25 * most. 160 -> (128, 32), 640 -> (512, 128), 1280 -> twice (512, 128), 48 -> (32, 16), 100 -> (128, 0)."""
+    n = triton.cdiv(n, triton.cdiv(n, most + most // 4))
+    first = power(n // 2 + 1, 16, most)
+    if first >= n:
+        return first, 0
+    rest = power(n - first, 16, most)
+    return (first, rest) if rest < first else (2 * first, 0)
+
+
+# The tables below were measured on an H100 in float16 (docs/performance.md); channels of 80, 160 and 320, stride 2.
+
+
+def forward_tiles(geometry: Geometry, dtype: torch.dtype) -> dict[str, int]:
+    half = dtype.itemsize == 2
+    first, second = split_width(geometry.outputs // geometry.groups, 512 if half else 64)
+    return {
+        "BM": 64, "TW": 8, "BC": 16 if geometry.segment <= 128 else 32, "BN0": first, "BN1": second,
+        "num_warps": 8 if first > 256 else 4, "num_stages": 3 if half else 2,
+    }  # fmt: skip
+
+
+def input_tiles(geometry: Geometry, dtype: torch.dtype) -> dict[str, int | bool]:
+    n, half, few = geometry.outputs // geometry.groups, dtype.itemsize == 2, geometry.segment <= 128
+    first, second = split_width(n, 512 if half else 64)
+    resident = geometry.groups == 1 and first + second >= n
+    if not resident:
+        first, second = power(n, 16, 64), 0
+    large = first > 256
+    return {
+        "BM": 128 if large else 64, "TW": 8, "BC": power(geometry.segment, 16, 32 if few or not half else 64),
+        "BN0": first, "BN1": second, "RESIDENT": resident,
+        "num_warps": 8 if first >= 256 else 4, "num_stages": 1 if large else 3 if first == 256 else 2,
+    }  # fmt: skip
+
+
+def weight_tiles(geometry: Geometry, dtype: torch.dtype) -> dict[str, int]:
+    n, half = geometry.outputs // geometry.groups, dtype.itemsize == 2
+    narrow = n > 512  # several passes in any case
+    return {
+        "BM": 64 if narrow else 32, "TW": 8, "BC": power(geometry.segment, 16, 32),
+        "BN": power(n, 16, 128 if narrow else 256 if half else 64), "TAPS": 3 if geometry.taps % 3 == 0 else 1,
+        "PROGRAMS": 792, "num_warps": 8 if narrow else 4, "num_stages": 2,
+    }  # fmt: skip

@@ -1,0 +1,122 @@
+"""The fused deformable convolution as operators ``dcn::forward`` and ``dcn::backward`` of torch.library.
+
+As registered operators they pass through torch.compile, torch.export and CUDA graphs in one piece, and DistributedData-
+Parallel sees ordinary gradients. The kernels are Triton's (:mod:`models.ops.dcn_launch`), imported on first use.
+
+``raw`` (B, 3*K*OG, H', W') is the output of a layer's offset convolution as it stands: 2*K*OG offsets in input pixels,
+a (y, x) pair per tap, groups outermost, then K*OG masks, or their logits when ``logits``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def output_size(
+    height: int,
+    width: int,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> tuple[int, int]:
+    """(H', W') of a convolution over an (H, W) map."""
+    sizes = zip((height, width), kernel, stride, padding, dilation)
+    rows, columns = ((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sizes)
+    return rows, columns
+
+
+@torch.library.custom_op("dcn::forward", mutates_args=())
+def forward(
+    x: Tensor,
+    raw: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    offset_groups: int,
+    logits: bool,
+) -> Tensor:
+    """(B, N, H', W') in the dtype of x, channels last; x, weight float32, float16 or bfloat16, both the same."""
+    from models.ops import dcn_launch
+
+    geometry = dcn_launch.Geometry.of(x, weight, stride, padding, dilation, offset_groups, logits)
+    return dcn_launch.forward(x, raw, weight, bias, geometry)
+
+
+@forward.register_fake
+def _(x, raw, weight, bias, stride, padding, dilation, offset_groups, logits):
+    return _like(x, (x.shape[0], weight.shape[0], *raw.shape[2:]))
+
+
+@torch.library.custom_op("dcn::backward", mutates_args=())
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    raw: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    offset_groups: int,
+    logits: bool,
+    need_x: bool,
+    need_raw: bool,
+    need_weight: bool,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, raw and weight, each in its tensor's dtype; those not needed are empty tensors."""
+    from models.ops import dcn_launch
+
+    geometry = dcn_launch.Geometry.of(x, weight, stride, padding, dilation, offset_groups, logits)
+    grad_x, grad_raw, grad_weight = x.new_empty(0), raw.new_empty(0), weight.new_empty(0)
+    if need_x or need_raw:
+        grad_x, grad_raw = dcn_launch.backward(grad, x, raw, weight, geometry, need_x, deterministic)
+    if need_weight:
+        grad_weight = dcn_launch.backward_weight(grad, x, raw, weight, geometry)
+    return grad_x, grad_raw, grad_weight
+
+
+@backward.register_fake
+def _(
+    grad, x, raw, weight, stride, padding, dilation, offset_groups, logits, need_x, need_raw, need_weight, deterministic
+):
+    return (
+        _like(x, x.shape) if need_x else x.new_empty(0),
+        _like(raw, raw.shape) if need_x or need_raw else raw.new_empty(0),
+        torch.empty_like(weight, memory_format=torch.contiguous_format) if need_weight else weight.new_empty(0),
+    )
+
+
+def _save(ctx, inputs, output) -> None:
+    x, raw, weight, bias, *ctx.geometry = inputs
+    ctx.save_for_backward(x, raw, weight)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _gradients(ctx, grad):
+    x, raw, weight = ctx.saved_tensors
+    need_x, need_raw, need_weight, need_bias = ctx.needs_input_grad[:4]
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    grad_x, grad_raw, grad_weight = backward(
+        grad, x, raw, weight, *ctx.geometry, need_x, need_raw, need_weight, deterministic
+    )
+    grad_bias = grad.sum((0, 2, 3), dtype=torch.float32).to(ctx.bias_dtype) if need_bias else None
+    return (
+        grad_x if need_x else None,
+        grad_raw if need_raw else None,
+        grad_weight if need_weight else None,
+        grad_bias,
+        *(None,) * 5,
+    )
+
+
+forward.register_autograd(_gradients, setup_context=_save)
+
+
+def _like(x: Tensor, shape: Sequence[int]) -> Tensor:
+    return torch.empty(tuple(shape), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)

@@ -19,6 +19,7 @@ from typing import Any
 
 from utils.cli import (
     Parser,
+    add_dcn_backend_flag,
     add_detection_flags,
     add_label_file_flags,
     add_run_flags,
@@ -52,6 +53,7 @@ def _add_input_flags(group: argparse._ArgumentGroup) -> None:
     names = "take the class names from this dataset YAML instead of the checkpoint"
     group.add_argument("--data", default="", metavar="YAML", help=names)
     image_size_flag(group, nargs="+")
+    add_dcn_backend_flag(group)
     stride = "look at every N-th frame of videos and streams (default: 1)"
     group.add_argument("--vid-stride", type=int, default=1, metavar="N", help=stride)
 
@@ -127,6 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def open_detector(args: argparse.Namespace) -> Any:
     """The weights on the device, set up as the flags say. Raises ConfigError, CheckpointError."""
     from models.api import load
+    from models.surgery import use_dcn_backend
     from utils.console import LOGGER
     from utils.device import describe_device
 
@@ -144,6 +147,7 @@ def open_detector(args: argparse.Namespace) -> Any:
     if args.data:
         detector.names = names_from(args.data, len(detector.names))
     LOGGER.info(f"{', '.join(args.weights)} on {describe_device(detector.device)}")
+    use_dcn_backend(detector.model, args.dcn_backend, detector.device, detector.dtype)
     imgsz = detector.round_size(args.imgsz)
     if list(imgsz) != [args.imgsz[0], args.imgsz[-1]]:
         LOGGER.warning(f"--imgsz is rounded up to {imgsz[0]} {imgsz[1]}, multiples of the stride {detector.stride}")

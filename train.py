@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
-from utils.cli import Parser, add_run_flags, check_weights, image_size_flag, keywords_to_argv
+from utils.cli import Parser, add_dcn_backend_flag, add_run_flags, check_weights, image_size_flag, keywords_to_argv
 from utils.config import DataConfig, Hyp, TrainConfig
 from utils.errors import ConfigError, is_installed, run_cli
 
@@ -58,6 +58,7 @@ def _add_model_flags(group: argparse._ArgumentGroup) -> None:
         metavar="X",
         help="learning rate of the offset convolutions of DCN layers, as a share of the others' (default: 0.1)",
     )
+    add_dcn_backend_flag(group)
 
 
 def _add_data_flags(group: argparse._ArgumentGroup) -> None:

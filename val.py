@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from utils.cli import (
     Parser,
+    add_dcn_backend_flag,
     add_detection_flags,
     add_label_file_flags,
     add_run_flags,
@@ -53,6 +54,7 @@ def build_parser() -> Parser:
     image_size_flag(inputs)
     inputs.add_argument("--batch-size", type=int, default=32, help="images a batch (default: %(default)s)")
     inputs.add_argument("--workers", type=int, default=8, help="data loading processes, at most (default: %(default)s)")
+    add_dcn_backend_flag(inputs)
     inputs.add_argument("--single-cls", action="store_true", help="treat all classes as one")
 
     # a higher --conf-thres cuts the curves short
@@ -105,6 +107,9 @@ def measure(args: argparse.Namespace) -> Metrics:
     data = DataConfig.load(args.data, args.single_cls)
     data.split(split_of(args))
 
+    import torch
+
+    from models.surgery import use_dcn_backend
     from utils.console import LOGGER, setup_console
     from utils.device import half_allowed, select_device
     from utils.files import new_run_dir
@@ -124,6 +129,8 @@ def measure(args: argparse.Namespace) -> Metrics:
     if args.save_hybrid:
         LOGGER.warning("--save-hybrid: labels take part in NMS, so precision, recall and mAP are inflated")
     models = [load(group, data, device, args.single_cls) for group in weight_groups(args)]
+    for model in models:
+        use_dcn_backend(model, args.dcn_backend, device, torch.float16 if args.half else torch.float32)
     folder = new_run_dir(args.project, args.name, args.exist_ok)
     if args.task == "study":
         return study(args, data, models, device, folder)

@@ -12,7 +12,7 @@ from torch import nn
 from engine.epoch import Learner
 from models.head import side_multiple
 from models.loading import build_or_load
-from models.surgery import freeze
+from models.surgery import freeze, use_dcn_backend
 from models.yolo import DetectionModel
 from utils.autoanchor import check_anchors
 from utils.autobatch import auto_batch
@@ -54,6 +54,7 @@ def build_model(cfg: TrainConfig, hyp: Hyp, data: DataConfig, device: torch.devi
     model = model.to(device)
     if device.type == "cuda":
         model = model.to(memory_format=torch.channels_last)  # cuDNN's fast order
+    use_dcn_backend(model, cfg.dcn_backend, device, amp_dtype(cfg.amp, device) or torch.float32)
     return model
 
 

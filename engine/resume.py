@@ -8,9 +8,10 @@ from typing import Any
 from utils.errors import CheckpointError, ConfigError
 from utils.files import load_yaml
 
-# What may differ from the interrupted run without changing what it computes.
+# What may differ from the interrupted run without changing what it computes (but for the rounding of another kernel).
 MAY_CHANGE = frozenset(
     {"epochs", "device", "workers", "cache", "patience", "nosave", "noval", "noplots", "save_period", "resume", "debug"}
+    | {"dcn_backend"}
 )
 
 

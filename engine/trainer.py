@@ -29,6 +29,7 @@ from engine.parts import (
 from engine.state import Progress, describe_run, restore, save_best, save_last
 from models.loading import load_model
 from models.summary import summarize
+from models.surgery import set_dcn_backend
 from models.yolo import DetectionModel
 from utils.config import DataConfig, Hyp, TrainConfig
 from utils.console import LOGGER, setup_console
@@ -290,6 +291,7 @@ def _finish(run: Run, logger: RunLogger) -> None:
         LOGGER.info(f"\nValidating {run.best}...\n{TABLE_HEADER}")
         observers = [] if run.cfg.noplots else [BatchPictures(run.dir, run.data.names)]
         model = load_model(run.best, run.learner.device)
+        set_dcn_backend(model, run.cfg.dcn_backend)
         metrics = _evaluate(run, model, observers=observers, show_progress=False)
         LOGGER.info(metrics.table(run.data.names))
         if not run.cfg.noplots:

@@ -1,4 +1,4 @@
-"""Changes to a built model: fold norms into convolutions, freeze layers."""
+"""Changes to a built model: fold norms into convolutions, freeze layers, choose the kernels of DCN layers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from models.common import Conv, DCNConv
+from models.common import DCN, Conv, DCNConv
+from models.ops.deform_conv import backend_for
+from utils.console import LOGGER, plural
 from utils.errors import ConfigError
 
 
@@ -57,3 +59,41 @@ def freeze(model: nn.Module, layers: Iterable[int]) -> list[str]:
         if not parameter.requires_grad:
             frozen.append(name)
     return frozen
+
+
+def set_dcn_backend(model: nn.Module, name: str) -> int:
+    """Make every DCN in ``model`` (also inside DCNConv, C3DCN, an Ensemble) use the kernels ``name``, one of
+    models.ops.deform_conv.BACKENDS. Returns how many there are. Copies of the model keep the choice; a state dict does
+    not hold it."""
+    layers = [module for module in model.modules() if isinstance(module, DCN)]
+    for layer in layers:
+        layer.backend = name
+    return len(layers)
+
+
+def use_dcn_backend(model: nn.Module, name: str, device: torch.device, dtype: torch.dtype) -> None:
+    """:func:`set_dcn_backend`, checked, with one line in the log that says which kernels will run; a model without
+    DCN layers gets neither.
+
+    ``dtype`` is what the model will compute in: its own, or autocast's. Raises ConfigError, naming the flag, when
+    ``name`` cannot run there.
+    """
+    layers = set_dcn_backend(model, name)
+    if not layers:
+        return
+    obstacle = _obstacle(device, dtype, name)
+    if obstacle:
+        raise ConfigError(f"--dcn-backend {name}: {obstacle}; use --dcn-backend auto")
+    chosen, why = backend_for(device, dtype, name), ""
+    if name == "auto" and chosen == "torchvision":
+        why = f" ({_obstacle(device, dtype, 'triton') if device.type == 'cuda' else 'no CUDA device'})"
+    LOGGER.info(f"DCN: {plural(layers, 'layer')}, backend {chosen}{why}")
+
+
+def _obstacle(device: torch.device, dtype: torch.dtype, name: str) -> str:
+    """What keeps the kernels ``name`` from running there; empty when nothing does."""
+    try:
+        backend_for(device, dtype, name)
+    except ValueError as error:
+        return str(error).rpartition("cannot run here: ")[2]
+    return ""

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from utils.config import check_thresholds
+from utils.config import DCN_BACKENDS, check_thresholds
 from utils.errors import CheckpointError, ConfigError, did_you_mean
 from utils.files import ROOT
 
@@ -84,6 +84,12 @@ def image_size_flag(parser: Any, default: int = 640, nargs: str | None = None) -
         "--imgsz", "--img", "--img-size", type=int, default=default if nargs is None else [default], nargs=nargs,
         metavar="PIXELS", help=f"network input size, a multiple of 32 (default: {default})",
     )  # fmt: skip
+
+
+def add_dcn_backend_flag(group: Any) -> None:
+    """--dcn-backend, the same in every script."""
+    kernels = "kernels of DCN layers; auto: triton on a GPU that has it, else torchvision"
+    group.add_argument("--dcn-backend", choices=DCN_BACKENDS, default="auto", help=f"{kernels} (default: %(default)s)")
 
 
 def add_detection_flags(group: Any, conf: float, iou: float, max_det: int) -> None:

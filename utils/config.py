@@ -304,6 +304,10 @@ def _without_dots(path: Path) -> Path:
     return plain if plain.exists() and plain.samefile(path) else path.resolve()
 
 
+DCN_BACKENDS = ("auto", "triton", "torchvision")
+"""What --dcn-backend may be: models.ops.deform_conv.BACKENDS, for where torch is not imported."""
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """The flags of train.py, checked. Field names are the flags' names with underscores; see ``train.py --help``."""
@@ -343,6 +347,7 @@ class TrainConfig:
     deterministic: bool = False
     strict_data: bool = False
     dcn_offset_lr: float = 0.1
+    dcn_backend: str = "auto"
     close_mosaic: int = 0
     clip_grad: float = 10.0
 
@@ -359,6 +364,10 @@ class TrainConfig:
             (self.patience >= 0, f"--patience {self.patience}: 0 (never stop early) or more"),
             (0 <= self.label_smoothing < 1, f"--label-smoothing {self.label_smoothing}: between 0 and 1"),
             (self.dcn_offset_lr >= 0, f"--dcn-offset-lr {self.dcn_offset_lr}: 0 or more"),
+            (
+                self.dcn_backend in DCN_BACKENDS,
+                f"--dcn-backend {self.dcn_backend}: choose one of {', '.join(DCN_BACKENDS)}",
+            ),
             (self.close_mosaic >= 0, f"--close-mosaic {self.close_mosaic}: 0 or more epochs"),
             (self.clip_grad >= 0, f"--clip-grad {self.clip_grad}: 0 (off) or more"),
             (all(f >= 0 for f in self.freeze), f"--freeze {self.freeze}: layer numbers are 0 or more"),

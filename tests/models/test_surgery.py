@@ -1,13 +1,16 @@
-"""Folding norms and freezing layers."""
+"""Folding norms, freezing layers, choosing the kernels of DCN layers."""
 
 from __future__ import annotations
+
+from copy import deepcopy
 
 import pytest
 import torch
 from torch import nn
 
-from models.common import DCNConv
-from models.surgery import freeze, fuse
+from models.common import DCN, DCNConv
+from models.ensemble import Ensemble
+from models.surgery import freeze, fuse, set_dcn_backend, use_dcn_backend
 from models.yolo import DetectionModel
 from tests.models.reference import fill, image
 from utils.errors import ConfigError
@@ -67,3 +70,30 @@ def test_frozen_norms_still_follow_the_data() -> None:
 def test_freeze_refuses_a_layer_that_is_not_there(layer: int) -> None:
     with pytest.raises(ConfigError, match=f"--freeze {layer}: the model has layers 0..24"):
         freeze(DetectionModel("yolov5n.yaml", nc=1), [layer])
+
+
+def backends(model: nn.Module) -> list[str]:
+    return [module.backend for module in model.modules() if isinstance(module, DCN)]
+
+
+@pytest.mark.parametrize(("name", "layers"), [("yolov5n-dcn.yaml", 3), ("yolov5s-c3dcn.yaml", 4), ("yolov5n.yaml", 0)])
+def test_the_dcn_backend_reaches_every_layer_and_stays(name: str, layers: int) -> None:
+    model = DetectionModel(name, nc=2)
+    keys = list(model.state_dict())
+    assert backends(model) == ["auto"] * layers
+    assert set_dcn_backend(model, "torchvision") == layers
+    assert list(model.state_dict()) == keys
+    assert backends(model) == backends(deepcopy(model)) == backends(fuse(model)) == ["torchvision"] * layers
+
+
+def test_the_dcn_backend_reaches_an_ensemble() -> None:
+    model = Ensemble([DetectionModel(name, nc=2) for name in ("yolov5n-dcn.yaml", "yolov5n.yaml", "yolov5n-dcn.yaml")])
+    assert set_dcn_backend(model, "torchvision") == 6
+    assert backends(model) == ["torchvision"] * 6
+
+
+def test_a_dcn_backend_that_cannot_run_names_the_flag(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ConfigError, match="^--dcn-backend triton: [^:\n]*CUDA[^:\n]*; use --dcn-backend auto$"):
+        use_dcn_backend(DCNConv(4, 8), "triton", torch.device("cpu"), torch.float32)
+    use_dcn_backend(nn.Conv2d(4, 8, 3), "triton", torch.device("cpu"), torch.float32)

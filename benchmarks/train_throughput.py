@@ -20,7 +20,9 @@ import torch
 
 from benchmarks.report import cpu_name, heading, table
 from engine.epoch import Learner
-from engine.parts import build_learner, build_loaders, build_model, frame_for
+from engine.parts import Frame, build_learner, build_loaders, build_model, frame_for
+from models.yolo import DetectionModel
+from utils.cli import add_dcn_backend_flag
 from utils.config import DataConfig, Hyp, TrainConfig
 from utils.dataloaders import DetectionLoader
 from utils.dataset import DetectionDataset
@@ -78,16 +80,29 @@ def rate(learner: Learner, batches: Iterator, warmup: int) -> float:
     return sum(n for n, _ in timed) / sum(s for _, s in timed)
 
 
+def model_and_frame(
+    cfg: TrainConfig, data: DataConfig, hyp: Hyp, world: World, device: torch.device
+) -> tuple[DetectionModel, Frame]:
+    """The model on its device, the same random weights every time, and the sizes of its training."""
+    seed_everything(1)
+    model = build_model(cfg, hyp, data, device)
+    return model, frame_for(cfg, model, world)
+
+
 def measure(case: str, args: argparse.Namespace, device: torch.device) -> list[object]:
     """One row: loader, replay, memory, upstream, ratios."""
     name, batch = case.split(":")
     cfg = TrainConfig(
-        cfg=name, data=args.data, batch_size=int(batch), imgsz=args.imgsz, workers=args.workers, amp=args.amp
+        cfg=name,
+        data=args.data,
+        batch_size=int(batch),
+        imgsz=args.imgsz,
+        workers=args.workers,
+        amp=args.amp,
+        dcn_backend=args.dcn_backend,
     )
     data, hyp, world = DataConfig.load(args.data), Hyp(), World()
-    seed_everything(1)
-    model = build_model(cfg, hyp, data, device)
-    frame = frame_for(cfg, model, world)
+    model, frame = model_and_frame(cfg, data, hyp, world, device)
     with tempfile.TemporaryDirectory() as folder:
         images = long_list(data, args.repeat, Path(folder))
         shared = dict(nc=data.nc, names=data.names, batch_size=frame.batch, show=False, cache=args.cache)
@@ -127,6 +142,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--cache", default="", choices=["", "ram"])
     parser.add_argument("--amp", default="auto")
+    add_dcn_backend_flag(parser)
     parser.add_argument("--repeat", type=int, default=8)
     parser.add_argument("--warmup", type=int, default=20)
     parser.add_argument("--steps", type=int, default=100)

@@ -27,6 +27,8 @@ FAR = 1e6
 """Pixels. Offsets are cut to +-FAR, which is outside every image: a sample there is 0 and so are its gradients."""
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 FUSED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+AUTOCAST_DEVICES = ("cuda", "cpu", "mps", "xpu")
+"""Named, because torch.compile of torch 2.11 cannot trace the question whether a device has autocast; meta has not."""
 LARGEST_IMAGE = 2**31 - 1
 """Elements: the fused kernels count within one image of a batch in 32 bits (and across images in 64)."""
 
@@ -185,16 +187,14 @@ def _guard(offset: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _autocast_off(device_type: str) -> AbstractContextManager:
-    """Autocast disabled for the device; some device types (meta) know no autocast."""
-    if torch.amp.is_autocast_available(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()
+    """Autocast disabled for the device."""
+    return torch.autocast(device_type, enabled=False) if device_type in AUTOCAST_DEVICES else nullcontext()
 
 
 def _result_dtype(x: Tensor) -> torch.dtype:
     """The dtype a convolution of ``x`` would return here."""
     device_type = x.device.type
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+    if device_type in AUTOCAST_DEVICES and torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
     return x.dtype
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from models.common import DCN
-from models.ops.deform_conv import deform_conv2d
+from models.ops.deform_conv import deform_conv2d, deform_conv2d_raw
 from models.yolo import DetectionModel
 from tests.models.test_deform_conv import CASES, large, make, relative
 
@@ -74,3 +74,46 @@ def test_model_trains_and_detects(dtype: torch.dtype) -> None:
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
     decoded, _ = model.eval().to(dtype)(images.to(dtype))
     assert decoded.dtype == torch.float32 and decoded.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", ["triton", "torchvision"])
+def test_a_cuda_graph_replays_the_layer(backend: str) -> None:
+    """Forward and backward captured once; the replay follows the input's new values."""
+    layer, x = DCN(16, 32, 3, 2).cuda(), torch.randn(2, 16, 20, 20, device="cuda", requires_grad=True)
+    layer.backend = backend
+    torch.nn.init.normal_(layer.conv_offset_mask.weight, std=0.1)
+    fresh = torch.randn_like(x)
+    graphed = torch.cuda.make_graphed_callables(layer, (x,))
+    inputs = [fresh.clone().requires_grad_() for _ in range(2)]
+    outputs = [network(image) for network, image in zip((layer, graphed), inputs)]
+    gradients = [torch.autograd.grad(y.square().sum(), image)[0] for y, image in zip(outputs, inputs)]
+    for a, b in (outputs, gradients):
+        assert torch.allclose(a, b, atol=1e-4)
+
+
+def test_two_streams_do_not_disturb_each_other() -> None:
+    layer = DCN(16, 32, 3, 2).cuda()
+    layer.backend = "triton"
+    torch.nn.init.normal_(layer.conv_offset_mask.weight, std=0.1)
+    images = [torch.randn(4, 16, 96, 96, device="cuda") for _ in range(2)]
+    expected = [layer(image) for image in images]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in images]
+    for _ in range(5):
+        got = []
+        for stream, image in zip(streams, images):
+            with torch.cuda.stream(stream):
+                got.append(layer(image))
+        torch.cuda.synchronize()
+        assert all(torch.equal(a, b) for a, b in zip(got, expected))
+
+
+def test_more_than_2_to_31_elements() -> None:
+    """Counters within an image are 32 bits wide, across images 64: the last image must be as right as the first."""
+    image = torch.randn(1, 8, 512, 512, device="cuda", dtype=torch.float16)
+    x = image.to(memory_format=torch.channels_last).repeat(1040, 1, 1, 1)
+    assert x.numel() > 2**31
+    raw = torch.randn(1, 3, 256, 256, device="cuda").repeat(1040, 1, 1, 1).half()
+    weight = torch.randn(16, 8, 1, 1, device="cuda").half()
+    y = deform_conv2d_raw(x, raw, weight, None, 2, backend="triton")
+    assert torch.equal(y[0], y[-1]) and float(y[0].float().std()) > 0

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from models.ops import dcn_kernels as kernels
 
-SCRATCH_BYTES = 256 << 20
+SCRATCH_BYTES = 128 << 20
 """The float32 gradient of x is summed for so many images at a time that this much holds them. Measured: fewer at a time
 (even few enough to stay in L2) is slower, since every launch ends with idle multiprocessors."""
 LEVELS = 2.0**62

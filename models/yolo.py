@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from models.head import Detect
 from models.parser import Layer, parse_model
@@ -74,12 +73,14 @@ class DetectionModel(nn.Module):
 
     @torch.no_grad()
     def _measure_strides(self, ch: int) -> list[float]:
-        """Pixels per cell of the maps that Detect receives, from shapes alone: layers run on the meta device, so that
-        no time is spent and BatchNorm statistics stay at their start."""
-        x, kept = torch.empty(1, ch, STRIDE_PROBE, STRIDE_PROBE, device="meta"), {}
+        """Pixels per cell of the maps that Detect receives. A small image runs through the layers: on torch's meta
+        device, which only follows shapes, the first pass imports torch's compiler and takes a second."""
+        x, kept = torch.zeros(1, ch, STRIDE_PROBE, STRIDE_PROBE), {}
+        self.model.eval()  # BatchNorm statistics stay at their start
         for module, layer in zip(self.model[:-1], self.layers):
-            x = _run_on_meta(module, layer, _gather(layer, x, kept))
+            x = _probe(module, layer, _gather(layer, x, kept))
             kept[layer.index] = x
+        self.model.train()
         return [STRIDE_PROBE / kept[i].shape[-2] for i in self.layers[-1].inputs]
 
 
@@ -89,10 +90,9 @@ def _gather(layer: Layer, previous: Tensor, kept: dict[int, Tensor]) -> Tensor |
     return maps if isinstance(layer.source, list) else maps[0]
 
 
-def _run_on_meta(module: nn.Module, layer: Layer, x: Tensor | list[Tensor]) -> Tensor:
-    state = {name: t.to("meta") for name, t in [*module.named_parameters(), *module.named_buffers()]}
+def _probe(module: nn.Module, layer: Layer, x: Tensor | list[Tensor]) -> Tensor:
     try:
-        return functional_call(module, state, (x,))
+        return module(x)
     except (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError) as error:  # shapes that do not fit
         shapes = [tuple(t.shape) for t in (x if isinstance(x, list) else [x])]
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -164,7 +164,7 @@ def backward_input(
     D = grad . weight is the gradient of the column a tap would have. The four sums of D times a corner give all three
     gradients of the tap; they need no atomics, since a program sees all channels of its outputs. RESIDENT (one weight
     group, all its outputs within BN0 + BN1) reads the patch of grad once; otherwise it is read again, BN0 outputs at a
-    time, for every tap and block of channels.
+    time, for every tap and block of channels. The second dimension of the grid deals out the taps.
     """
     CG: tl.constexpr = C // G
     NG: tl.constexpr = N // G
@@ -184,7 +184,7 @@ def backward_input(
             n1 = BN0 + tl.arange(0, BN1)
             a1 = tl.load(ga + n1[None, :], live[:, None] & (n1 < NG)[None, :], 0.0)
     for group in range(OG):
-        for tap in range(K):
+        for tap in range(tl.program_id(1), K, tl.num_programs(1)):
             y0, x0, ly, lx, top, bottom, left, right, mask = _place(
                 rawb, pixel * P, live, row, column, tap, group, H, W, SH, SW, PH, PW, DH, DW, KW, K, OG, LOGITS
             )

@@ -17,6 +17,8 @@ from models.ops import dcn_kernels as kernels
 SCRATCH_BYTES = 128 << 20
 """The float32 gradient of x is summed for so many images at a time that this much holds them. Measured: fewer at a time
 (even few enough to stay in L2) is slower, since every launch ends with idle multiprocessors."""
+BUSY = 264
+"""Programs that keep a large GPU busy, two on each of 132 multiprocessors; with fewer, each tap has its own."""
 LEVELS = 2.0**62
 """Fixed point of the deterministic mode: the largest possible sum maps to this."""
 
@@ -118,7 +120,8 @@ def backward(
         images = min(step, batch - first)
         if need_x:
             scratch.zero_()
-        kernels.backward_input[(patch_count(images, rows, columns, tiles),)](
+        patches = patch_count(images, rows, columns, tiles)
+        kernels.backward_input[(patches, 1 if patches >= BUSY else geometry.taps)](
             x, raw, packed, grad, scratch, grad_raw, scale, first, height, width, rows, columns,
             **geometry.constants(), EXACT=deterministic and need_x, NEED_X=need_x, PRECISION=dot_precision(x.dtype),
             **tiles,

@@ -13,7 +13,6 @@ import os
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-import torchvision
 from torch import Tensor
 
 from models.ops import dcn_op
@@ -156,6 +155,8 @@ def _fused(x, raw, weight, bias, stride, padding, dilation, logits: bool) -> Ten
 
 def _reference(x, offset, mask, weight, bias, stride, padding, dilation) -> Tensor:
     """torchvision's operator in float32 (float64 for float64 x), autocast off."""
+    import torchvision  # here: it takes as long to load as torch, and most models have no DCN
+
     double = x.dtype == torch.float64
     compute = torch.float64 if double else torch.float32
     with _autocast_off(x.device.type):

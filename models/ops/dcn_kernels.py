@@ -18,6 +18,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+SIZES = ["H", "W", "Ho", "Wo"]
+"""Not to be compiled for: image sizes change from batch to batch (--multi-scale, --rect)."""
+
 
 @triton.jit
 def _patch(pid, Ho, Wo, BM: tl.constexpr, TW: tl.constexpr):
@@ -83,7 +86,7 @@ def _blend(x, at, row, pixel, c, within, w00, w01, w10, w11, v00, v01, v10, v11)
     return a
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def forward(
     x, raw, weight, bias, out, H, W, Ho, Wo,
     C: tl.constexpr, N: tl.constexpr, G: tl.constexpr, OG: tl.constexpr, P: tl.constexpr, CS: tl.constexpr,
@@ -149,7 +152,7 @@ def _scatter(pointer, value, scale, where, EXACT: tl.constexpr):
         tl.atomic_add(pointer, value, where, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["first"])
+@triton.jit(do_not_specialize=["first", *SIZES])
 def backward_input(
     x, raw, weight, grad, grad_x, grad_raw, fixed, first, H, W, Ho, Wo,
     C: tl.constexpr, N: tl.constexpr, G: tl.constexpr, OG: tl.constexpr, P: tl.constexpr, CS: tl.constexpr,
@@ -257,7 +260,7 @@ def _column(
     return _blend(x, at, W * C, C, c, within, w00, w01, w10, w11, v00, v01, v10, v11).to(x.dtype.element_ty)
 
 
-@triton.jit(do_not_specialize=["patches"])
+@triton.jit(do_not_specialize=["patches", *SIZES])
 def backward_weight(
     x, raw, grad, partial, patches, H, W, Ho, Wo,
     C: tl.constexpr, N: tl.constexpr, G: tl.constexpr, OG: tl.constexpr, P: tl.constexpr, CS: tl.constexpr,

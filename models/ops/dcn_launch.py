@@ -19,6 +19,8 @@ SCRATCH_BYTES = 128 << 20
 (even few enough to stay in L2) is slower, since every launch ends with idle multiprocessors."""
 BUSY = 264
 """Programs that keep a large GPU busy, two on each of 132 multiprocessors; with fewer, each tap has its own."""
+HOPPER_SHARED = 220 << 10
+"""Bytes. The widest tiles need this much shared memory; A100 has 163 KB a program, RTX 30 and 40 have 99 KB."""
 LEVELS = 2.0**62
 """Fixed point of the deterministic mode: the largest possible sum maps to this."""
 
@@ -73,7 +75,7 @@ def forward(x: Tensor, raw: Tensor, weight: Tensor, bias: Tensor | None, geometr
     x, raw = channels_last(x), channels_last(raw)
     g = geometry.groups
     packed = weight.reshape(g, geometry.outputs // g, -1, geometry.taps).permute(0, 3, 2, 1).contiguous()
-    tiles = tiles or forward_tiles(geometry, x.dtype)
+    tiles = tiles or forward_tiles(geometry, x.dtype, shared_memory(x.device))
     patches = patch_count(batch, rows, columns, tiles)
     blocks = triton.cdiv(geometry.outputs // g, tiles["BN0"] + tiles["BN1"])
     kernels.forward[(patches * blocks, g)](
@@ -107,7 +109,7 @@ def backward(
     x, raw, grad = channels_last(x), channels_last(raw), channels_last(grad)
     g = geometry.groups
     packed = weight.reshape(g, geometry.outputs // g, -1, geometry.taps).permute(0, 3, 1, 2).contiguous()
-    tiles = tiles or input_tiles(geometry, x.dtype)
+    tiles = tiles or input_tiles(geometry, x.dtype, shared_memory(x.device))
     step = batch
     if need_x:
         kind = torch.int64 if deterministic else torch.float32
@@ -192,6 +194,13 @@ def power(n: int, least: int, most: int) -> int:
     return min(most, max(least, triton.next_power_of_2(n)))
 
 
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that one program may have; on the CPU (Triton's interpreter) those of a Hopper GPU."""
+    if device.type != "cuda":
+        return HOPPER_SHARED
+    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 99 << 10)
+
+
 def split_width(n: int, most: int) -> tuple[int, int]:
     """Two powers of two, of which the second may be 0, that cover n outputs with little waste, in several passes where
     n > 1.25 * most. 160 -> (128, 32), 640 -> (512, 128), 1280 -> twice (512, 128), 48 -> (32, 16), 100 -> (128, 0)."""
@@ -206,19 +215,22 @@ def split_width(n: int, most: int) -> tuple[int, int]:
 # The tables below were measured on an H100 in float16 (docs/performance.md); channels of 80, 160 and 320, stride 2.
 
 
-def forward_tiles(geometry: Geometry, dtype: torch.dtype) -> dict[str, int]:
+def forward_tiles(geometry: Geometry, dtype: torch.dtype, shared: int) -> dict[str, int]:
+    """``shared``: see :func:`shared_memory`."""
     half = dtype.itemsize == 2
-    first, second = split_width(geometry.outputs // geometry.groups, 512 if half else 64)
+    widest = 512 if shared >= HOPPER_SHARED else 256
+    first, second = split_width(geometry.outputs // geometry.groups, widest if half else 64)
     return {
         "BM": 64, "TW": 8, "BC": 16 if geometry.segment <= 128 else 32, "BN0": first, "BN1": second,
         "num_warps": 8 if first > 256 else 4, "num_stages": 3 if half else 2,
     }  # fmt: skip
 
 
-def input_tiles(geometry: Geometry, dtype: torch.dtype) -> dict[str, int | bool]:
+def input_tiles(geometry: Geometry, dtype: torch.dtype, shared: int) -> dict[str, int | bool]:
+    """``shared``: see :func:`shared_memory`; the resident patch of grad lies there."""
     n, half, few = geometry.outputs // geometry.groups, dtype.itemsize == 2, geometry.segment <= 128
     first, second = split_width(n, 512 if half else 64)
-    resident = geometry.groups == 1 and first + second >= n
+    resident = geometry.groups == 1 and n <= first + second <= (640 if shared >= HOPPER_SHARED else 160)
     if not resident:
         first, second = power(n, 16, 64), 0
     large = first > 256

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +20,7 @@ from models.ops import deform_conv
 from models.ops.deform_conv import backend_for, deform_conv2d, deform_conv2d_raw, output_size
 from tests.models.test_deform_conv import CASES, make, relative, slow
 
+ROOT = Path(__file__).resolve().parents[2]
 HAS_CUDA = torch.cuda.is_available()
 DEVICES = [
     pytest.param(
@@ -332,6 +337,17 @@ def test_gradients_on_demand(needed: tuple[int, ...], device: str) -> None:
     for index, t in enumerate(some):
         assert (t.grad is not None) == (index in needed)
         assert t.grad is None or torch.allclose(t.grad, everything[index], atol=1e-5)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton compiles on Linux")
+@pytest.mark.parametrize("capability", ["89", "90"])
+def test_kernels_fit_gpus_that_are_not_here(capability: str, device: str) -> None:
+    """Compiled for an RTX 40 and an H100: no error, and no more shared memory than they have."""
+    command = [sys.executable, "-m", "tests.models.compile_kernels", capability]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count(f"sm_{capability}") == 9
 
 
 # ---- choice of the backend

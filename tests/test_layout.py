@@ -17,7 +17,7 @@ SCRIPTS = ("train", "val", "detect", "export")
 # From the bottom up; a module imports only from levels below its own.
 LEVELS = (
     """
-utils.signals models.ops.precision models.ops.dcn_kernels
+utils.signals models.ops.precision models.ops.layout models.ops.dcn_kernels
 models.ops.dcn_launch
 models.ops.dcn_op
 utils.errors utils.console utils.boxes utils.augmentations utils.frames utils.crops utils.safe_names utils.label_index \

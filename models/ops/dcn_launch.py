@@ -13,6 +13,7 @@ import triton
 from torch import Tensor
 
 from models.ops import dcn_kernels as kernels
+from models.ops.layout import channels_last, empty_map
 
 SCRATCH_BYTES = 128 << 20
 """The float32 gradient of x is summed for so many images at a time that this much holds them. Measured: fewer at a time
@@ -169,15 +170,6 @@ def fixed_point(grad: Tensor, raw: Tensor, weight: Tensor, geometry: Geometry) -
         masks = geometry.taps * geometry.offset_groups
         largest = largest * raw[:, 2 * masks : 3 * masks].abs().amax().double()
     return LEVELS / (hits * largest.clamp(min=1e-300))
-
-
-def channels_last(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last)
-
-
-def empty_map(like: Tensor, shape) -> Tensor:
-    """An uninitialised (B, C, H, W) map laid out channels last."""
-    return torch.empty(tuple(shape), dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
 
 
 def patch_count(batch: int, rows: int, columns: int, tiles: dict) -> int:

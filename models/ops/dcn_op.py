@@ -14,19 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-
-def output_size(
-    height: int,
-    width: int,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-) -> tuple[int, int]:
-    """(H', W') of a convolution over an (H, W) map."""
-    sizes = zip((height, width), kernel, stride, padding, dilation)
-    rows, columns = ((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sizes)
-    return rows, columns
+from models.ops.layout import empty_map
 
 
 @torch.library.custom_op("dcn::forward", mutates_args=())
@@ -50,7 +38,7 @@ def forward(
 
 @forward.register_fake
 def _(x, raw, weight, bias, stride, padding, dilation, offset_groups, logits):
-    return _like(x, (x.shape[0], weight.shape[0], *raw.shape[2:]))
+    return empty_map(x, (x.shape[0], weight.shape[0], *raw.shape[2:]))
 
 
 @torch.library.custom_op("dcn::backward", mutates_args=())
@@ -86,8 +74,8 @@ def _(
     grad, x, raw, weight, stride, padding, dilation, offset_groups, logits, need_x, need_raw, need_weight, deterministic
 ):
     return (
-        _like(x, x.shape) if need_x else x.new_empty(0),
-        _like(raw, raw.shape) if need_x or need_raw else raw.new_empty(0),
+        empty_map(x, x.shape) if need_x else x.new_empty(0),
+        empty_map(raw, raw.shape) if need_x or need_raw else raw.new_empty(0),
         torch.empty_like(weight, memory_format=torch.contiguous_format) if need_weight else weight.new_empty(0),
     )
 
@@ -116,7 +104,3 @@ def _gradients(ctx, grad):
 
 
 forward.register_autograd(_gradients, setup_context=_save)
-
-
-def _like(x: Tensor, shape: Sequence[int]) -> Tensor:
-    return torch.empty(tuple(shape), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)

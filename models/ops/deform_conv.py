@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from models.ops import dcn_op
-from models.ops.dcn_op import output_size
 from models.ops.precision import at_least_float32
 
 __all__ = ["BACKENDS", "backend_for", "deform_conv2d", "deform_conv2d_raw", "output_size"]
@@ -94,6 +93,20 @@ def deform_conv2d_raw(
         return _fused(x, raw, weight, bias, stride, padding, dilation, logits=True)
     mask = at_least_float32(logits).sigmoid()
     return _reference(x, offset, mask, weight, bias, stride, padding, dilation)
+
+
+def output_size(
+    height: int,
+    width: int,
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+) -> tuple[int, int]:
+    """(H', W') of a convolution over an (H, W) map."""
+    sizes = zip((height, width), kernel, stride, padding, dilation)
+    rows, columns = ((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sizes)
+    return rows, columns
 
 
 def backend_for(device: torch.device | str, dtype: torch.dtype, backend: str = "auto") -> str:

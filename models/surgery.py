@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from models.common import DCN, Conv, DCNConv
-from models.ops.deform_conv import backend_for
+from models.ops.deform_conv import backend_for, obstacle_to_triton
 from utils.console import LOGGER, plural
 from utils.errors import ConfigError
 
@@ -81,19 +81,10 @@ def use_dcn_backend(model: nn.Module, name: str, device: torch.device, dtype: to
     layers = set_dcn_backend(model, name)
     if not layers:
         return
-    obstacle = _obstacle(device, dtype, name)
-    if obstacle:
+    obstacle = obstacle_to_triton(device, dtype)
+    if obstacle and name == "triton":
         raise ConfigError(f"--dcn-backend {name}: {obstacle}; use --dcn-backend auto")
     chosen, why = backend_for(device, dtype, name), ""
     if name == "auto" and chosen == "torchvision":
-        why = f" ({_obstacle(device, dtype, 'triton') if device.type == 'cuda' else 'no CUDA device'})"
+        why = f" ({obstacle if device.type == 'cuda' else 'no CUDA device'})"
     LOGGER.info(f"DCN: {plural(layers, 'layer')}, backend {chosen}{why}")
-
-
-def _obstacle(device: torch.device, dtype: torch.dtype, name: str) -> str:
-    """What keeps the kernels ``name`` from running there; empty when nothing does."""
-    try:
-        backend_for(device, dtype, name)
-    except ValueError as error:
-        return str(error).rpartition("cannot run here: ")[2]
-    return ""

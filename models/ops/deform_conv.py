@@ -18,7 +18,7 @@ from torch import Tensor
 from models.ops import dcn_op
 from models.ops.precision import at_least_float32
 
-__all__ = ["BACKENDS", "backend_for", "deform_conv2d", "deform_conv2d_raw", "output_size"]
+__all__ = ["BACKENDS", "backend_for", "deform_conv2d", "deform_conv2d_raw", "obstacle_to_triton", "output_size"]
 
 BACKENDS = ("auto", "triton", "torchvision")
 FAR = 1e6
@@ -119,7 +119,7 @@ def backend_for(device: torch.device | str, dtype: torch.dtype, backend: str = "
         raise ValueError(f"DCN backend {backend!r} is unknown: choose one of {', '.join(BACKENDS)}")
     if backend == "torchvision":
         return backend
-    obstacle = _obstacle(torch.device(device), dtype, explicit=backend == "triton")
+    obstacle = obstacle_to_triton(torch.device(device), dtype, explicit=backend == "triton")
     if obstacle is None:
         return "triton"
     if backend == "triton":
@@ -127,8 +127,9 @@ def backend_for(device: torch.device | str, dtype: torch.dtype, backend: str = "
     return "torchvision"
 
 
-def _obstacle(device: torch.device, dtype: torch.dtype, explicit: bool) -> str | None:
-    """Why the fused kernel cannot run, or None."""
+def obstacle_to_triton(device: torch.device, dtype: torch.dtype, explicit: bool = True) -> str | None:
+    """Why the fused kernel cannot run for maps of ``dtype`` on ``device``, or None. ``explicit``: it was asked for by
+    name, so that Triton's interpreter will do."""
     if not HAS_TRITON:
         return "the triton package is not installed"
     interpreted = explicit and os.environ.get("TRITON_INTERPRET") == "1"  # Triton's own switch: kernels run on the CPU

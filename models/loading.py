@@ -15,6 +15,7 @@ from models.yolo import DetectionModel
 from utils.checkpoint import Checkpoint, read_checkpoint
 from utils.console import LOGGER
 from utils.errors import CheckpointError, ConfigError
+from utils.safe_names import MAX_NAME, printable
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,8 @@ def _transfer(model: nn.Module, checkpoint: Checkpoint, keep_anchors: bool) -> L
 
 def _named(names: Mapping[int, str] | Sequence[str], nc: int, source: str) -> dict[int, str]:
     pairs = names.items() if isinstance(names, Mapping) else enumerate(names)
-    named = {int(number): str(name) for number, name in pairs}
+    # weights come from anywhere: what cannot be a class name is shown, not refused, so that the weights can be used
+    named = {int(number): printable(str(name)[:MAX_NAME]) for number, name in pairs}
     if sorted(named) != list(range(nc)):
         raise ConfigError(f"{source}: {len(named)} class names for {nc} classes; they must be numbered 0..{nc - 1}")
     return dict(sorted(named.items()))

@@ -17,16 +17,16 @@ SCRIPTS = ("train", "val", "detect", "export")
 # From the bottom up; a module imports only from levels below its own.
 LEVELS = (
     """
-utils.signals models.ops.precision models.ops.layout models.ops.dcn_kernels
+utils.signals utils.safe_names models.ops.precision models.ops.layout models.ops.dcn_kernels
 models.ops.dcn_launch
 models.ops.dcn_op
-utils.errors utils.console utils.boxes utils.augmentations utils.frames utils.crops utils.safe_names utils.label_index \
+utils.errors utils.console utils.boxes utils.augmentations utils.frames utils.crops utils.label_index \
     utils.assign utils.autoanchor utils.dcn_watch utils.early_stopping utils.ema utils.stages \
     models.activations models.ops.deform_conv
-utils.files utils.device utils.dist utils.images utils.labels utils.mosaic utils.plots utils.curves \
+utils.files utils.npz utils.device utils.dist utils.images utils.labels utils.mosaic utils.plots utils.curves \
     utils.metrics utils.confusion utils.coco utils.optim utils.autobatch utils.streams models.common models.head
 utils.config utils.checkpoint utils.loggers utils.label_cache utils.sources \
-    models.extra models.ghost models.transformer models.spec models.surgery models.summary models.results
+    models.extra models.ghost models.transformer models.spec models.surgery models.deform models.summary models.results
 utils.cli utils.nms utils.check_data utils.image_cache utils.loss utils.schedule models.parser
 utils.dataset models.yolo
 utils.dataloaders models.ensemble

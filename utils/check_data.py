@@ -14,6 +14,7 @@ from utils.console import encodable, plural, progress
 from utils.errors import DataError
 from utils.label_cache import scan_labels
 from utils.label_index import LabelIndex
+from utils.safe_names import printable
 
 _PERCENTILES = (5, 25, 50, 75, 95)
 _SMALL, _LARGE = 32, 96  # sides in pixels that part small, medium and large boxes, as COCO does
@@ -24,7 +25,7 @@ def print_report(data: DataConfig, imgsz: int = 640) -> int:
     """Print the report on all splits of ``data``. Returns the exit status: 1 when there is a fault, else 0."""
     splits = {"train": data.train, "val": data.val, "test": data.test}
     text, faults = _report({split: sources for split, sources in splits.items() if sources}, data.names, imgsz)
-    print(encodable(text))
+    print(encodable(printable(text, keep="\n")))
     return int(faults > 0)
 
 

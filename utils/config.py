@@ -9,12 +9,14 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from utils.errors import ConfigError, DataError, did_you_mean
 from utils.files import ROOT, YamlFile, find_file, load_yaml
+from utils.safe_names import class_name_fault
 
 
 def check_thresholds(conf_thres: float, iou_thres: float, max_det: int = 1) -> None:
@@ -229,15 +231,19 @@ def _read_names(data: YamlFile) -> tuple[dict[int, str], list[str]]:
         if isinstance(key, bool) or not isinstance(key, int):
             raise DataError(f"{data.where('names', key)}: names: keys must be whole numbers, found {key!r}")
     if sorted(raw) != list(range(len(raw))):
+        found = ", ".join(map(str, sorted(raw)[:20])) + (", ..." if len(raw) > 20 else "")
         raise DataError(
-            f"{data.where('names')}: names: numbers must run from 0 to {len(raw) - 1} without gaps, found {sorted(raw)}"
+            f"{data.where('names')}: names: numbers must run from 0 to {len(raw) - 1} without gaps, found {found}"
         )
     for key, name in raw.items():
         if isinstance(name, bool) or not isinstance(name, (str, int, float)):
             hint = "; YAML reads yes, no, on, off as true or false: put it in quotes" if isinstance(name, bool) else ""
             raise DataError(f"{data.where('names', key)}: names: class {key} must be a text, found {name!r}{hint}")
     names = {key: " ".join(str(raw[key]).split()) for key in sorted(raw)}
-    repeated = sorted({name for name in names.values() if list(names.values()).count(name) > 1})
+    for key, name in names.items():
+        if fault := class_name_fault(name):
+            raise DataError(f"{data.where('names', key)}: names: class {key} {fault}")
+    repeated = sorted(name for name, count in Counter(names.values()).items() if count > 1)
     if repeated:
         notes.append(f"{data.where('names')}: the same class name is used twice: {', '.join(repeated)}")
     if "nc" in data and data["nc"] != len(names):
@@ -346,6 +352,7 @@ class TrainConfig:
     amp: str = "auto"
     deterministic: bool = False
     strict_data: bool = False
+    dcn: str = ""
     dcn_offset_lr: float = 0.1
     dcn_backend: str = "auto"
     close_mosaic: int = 0

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 import time
 from collections.abc import Iterable, Iterator
 from typing import Any
+
+from utils.safe_names import printable
 
 LOGGER = logging.getLogger("dcn_yolov5")
 """The repository's logger: silent until a script calls :func:`setup_console` (libraries do not print)."""
@@ -19,7 +22,20 @@ class _Stdout(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         from tqdm import tqdm
 
-        tqdm.write(encodable(self.format(record)), file=sys.stdout)
+        tqdm.write(encodable(_obedient(self.format(record))), file=sys.stdout)
+
+
+_OWN_STYLES = re.compile(r"(\033\[[\d;]{1,8}m)")
+
+
+def _obedient(text: str) -> str:
+    """``text`` whose control characters are shown as escapes, but for line ends, tabs and colours: it may quote file
+    and class names, which must not move the cursor or rename the window."""
+    if text.isprintable():
+        return text
+    parts = _OWN_STYLES.split(text)
+    parts[::2] = [printable(part, keep="\n\t") for part in parts[::2]]
+    return "".join(parts)
 
 
 def encodable(text: str) -> str:
@@ -85,7 +101,7 @@ class _LastLine:
         if self._open and (self._desc or self._count):
             seconds = time.perf_counter() - self._start
             total = "" if self._total is None else f"/{self._total}"
-            print(f"{self._desc}: {self._count}{total} [{seconds:.1f}s]", flush=True)
+            print(encodable(f"{printable(self._desc)}: {self._count}{total} [{seconds:.1f}s]"), flush=True)
         self._open = False
 
 

@@ -44,12 +44,22 @@ def save_figure(figure: Figure, file: str | Path, dpi: int = 200) -> None:
         raise ResourceError(f"{file}: the picture cannot be written ({error.strerror or error})") from None
 
 
+MAX_SHOWN = 40
+"""Letters of a class name in a diagram: a longer one would leave no room for the curves."""
+
+
+def _plain(name: str) -> str:
+    """A class name as matplotlib shows it unchanged: ``$`` would start a formula, a leading ``_`` hide it."""
+    name = name if len(name) <= MAX_SHOWN else f"{name[:MAX_SHOWN]}..."
+    return (" " if name.startswith("_") else "") + name.replace("$", r"\$")
+
+
 def plot_pr_curve(
     axis: np.ndarray, precision: np.ndarray, ap50: np.ndarray, names: Sequence[str], file: str | Path
 ) -> None:
     """Precision over recall at IoU 0.5: ``axis`` (k,), ``precision`` (c, k), ``ap50`` (c,), one name a class."""
     figure, (ax,) = new_figure()
-    _class_lines(ax, axis, precision, [f"{name} {ap:.3f}" for name, ap in zip(names, ap50)])
+    _class_lines(ax, axis, precision, [f"{_plain(name)} {ap:.3f}" for name, ap in zip(names, ap50)])
     if len(precision):
         label = f"all classes {ap50.mean():.3f} mAP@0.5"
         ax.plot(axis, precision.mean(0), linewidth=3, color="blue", label=label)
@@ -62,7 +72,7 @@ def plot_confidence_curve(
 ) -> None:
     """A score over confidence: ``axis`` (k,), ``values`` (c, k); ``ylabel`` is F1, Precision or Recall."""
     figure, (ax,) = new_figure()
-    _class_lines(ax, axis, values, names)
+    _class_lines(ax, axis, values, [_plain(name) for name in names])
     if len(values):
         width = max(1, len(axis) // 10) // 2 * 2 + 1  # a moving average finds the same best point as the metrics
         padded = np.pad(values.mean(0), width // 2, mode="edge")
@@ -94,7 +104,7 @@ def plot_confusion_matrix(counts: np.ndarray, names: Sequence[str], file: str | 
     """
     shares = counts / np.maximum(counts.sum(0, keepdims=True), 1e-9)
     shares = np.where(shares < 0.005, np.nan, shares)
-    ticks = [*names, "background"]
+    ticks = [*map(_plain, names), "background"]
     figure, (ax,) = new_figure(size=(12, 9))
     edges = np.arange(len(ticks) + 1) - 0.5
     squares = ax.pcolormesh(edges, edges, shares, cmap="Blues", vmin=0, vmax=1)  # imshow enlarges it pixel by pixel
@@ -164,7 +174,8 @@ def plot_labels(labels: np.ndarray, names: Mapping[int, str], file: str | Path) 
     bars.bar(range(len(counts)), counts)
     bars.set_ylabel("instances")
     if len(names) < 30:
-        bars.set_xticks(range(len(counts)), [names.get(i, str(i)) for i in range(len(counts))], rotation=90, fontsize=9)
+        ticks = [_plain(names.get(i, str(i))) for i in range(len(counts))]
+        bars.set_xticks(range(len(counts)), ticks, rotation=90, fontsize=9)
     else:
         bars.set_xlabel("classes")
 
@@ -186,8 +197,8 @@ def plot_study(rows: Mapping[str, np.ndarray], file: str | Path) -> None:
     figure, (accuracy, trade) = new_figure(1, 2, size=(12, 5))
     for name, data in rows.items():
         size, _, mean_ap, ms = np.asarray(data, float).T
-        accuracy.plot(size, mean_ap, marker=".", label=name)
-        trade.plot(ms, mean_ap, marker=".", label=name)
+        accuracy.plot(size, mean_ap, marker=".", label=_plain(name))
+        trade.plot(ms, mean_ap, marker=".", label=_plain(name))
     accuracy.set(xlabel="image size (pixels)", ylabel="mAP50-95")
     trade.set(xlabel="inference and NMS (ms/image)", ylabel="mAP50-95")
     for ax in (accuracy, trade):

@@ -22,6 +22,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Sequence
 
+from utils.safe_names import printable
 from utils.signals import sigterm_as_interrupt
 
 
@@ -82,6 +83,8 @@ _OS_HINTS = {
     errno.EROFS: "the file system is read-only: choose another --project folder",
     errno.EACCES: "permission denied: choose a folder you may write to (--project)",
     errno.EPERM: "not permitted: choose a folder you may write to (--project)",
+    errno.ENAMETOOLONG: "the name is longer than the file system allows",
+    errno.ELOOP: "symbolic links lead in a circle",
 }
 
 
@@ -124,13 +127,13 @@ def _guarded(main: Callable[[Sequence[str]], int | None], argv: list[str], termi
     except UserError as error:
         if debug:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        _say(f"error: {error}")
         return error.exit_code
     except KeyboardInterrupt as error:
         if debug:
             raise
         word, status = ("terminated", 143) if terminated.is_set() else ("interrupted", 130)
-        print(f"{word}{f': {error}' if str(error) else ''}", file=sys.stderr)
+        _say(f"{word}{f': {error}' if str(error) else ''}")
         return status
     except BrokenPipeError:  # `detect.py ... | head`: the reader left, nothing is wrong
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -139,7 +142,7 @@ def _guarded(main: Callable[[Sequence[str]], int | None], argv: list[str], termi
         line = explain_os_error(error)
         if debug or line is None:
             raise
-        print(f"error: {line}", file=sys.stderr)
+        _say(f"error: {line}")
         return ResourceError.exit_code
     except Exception as error:
         if terminated.is_set():  # libraries may turn the interrupt into an error of their own
@@ -148,5 +151,13 @@ def _guarded(main: Callable[[Sequence[str]], int | None], argv: list[str], termi
         line = explain_memory_error(error)
         if debug or line is None:
             raise
-        print(f"error: {line}", file=sys.stderr)
+        _say(f"error: {line}")
         return ResourceError.exit_code
+
+
+MAX_LINE = 2000
+
+
+def _say(line: str) -> None:
+    """One line on stderr. It may quote file names and file contents: control characters are shown, not obeyed."""
+    print(printable(line[:MAX_LINE]) + ("..." if len(line) > MAX_LINE else ""), file=sys.stderr)

@@ -16,21 +16,50 @@ from utils.errors import ConfigError, ResourceError
 ROOT = Path(__file__).resolve().parents[1]
 """The repository's folder."""
 
-MAX_YAML_BYTES = 10_000_000
+MAX_YAML_BYTES = 2_000_000
+MAX_YAML_VALUES = 100_000  # the largest data sets have some 13,000 classes; this many are read in a few seconds
+MAX_YAML_DEPTH = 50
+MAX_YAML_DIGITS = 60  # beyond, a number costs more time than its text suggests, and no float holds it
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader without aliases (a few lines of them can expand to gigabytes) and without repeated keys."""
+    """SafeLoader without aliases (a few lines of them can expand to gigabytes) and without repeated keys; depth, count
+    of values and length of numbers are bounded."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._depth = self._values = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
+        mark = self.peek_event().start_mark
         if self.check_event(yaml.events.AliasEvent):
-            mark = self.peek_event().start_mark
             raise yaml.MarkedYAMLError(problem="YAML aliases (*name) are not accepted here", problem_mark=mark)
-        return super().compose_node(parent, index)
+        self._values += 1
+        if self._values > MAX_YAML_VALUES:
+            raise yaml.MarkedYAMLError(problem=f"more than {MAX_YAML_VALUES:,} values", problem_mark=mark)
+        if self._depth == MAX_YAML_DEPTH:
+            raise yaml.MarkedYAMLError(problem=f"nested deeper than {MAX_YAML_DEPTH} levels", problem_mark=mark)
+        self._depth += 1
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        is_number = node.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+        if is_number and len(node.value) > MAX_YAML_DIGITS:
+            problem = f"a number of {len(node.value):,} characters"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, TypeError, LookupError, AttributeError, OverflowError):  # !!int x, !!bool x, 2001-99-99
+            problem = f"'{str(node.value)[:40]}' is no {node.tag.rpartition(':')[2]}"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark) from None
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen: set = set()
         for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise yaml.MarkedYAMLError(problem="a key must be a plain word", problem_mark=key_node.start_mark)
             key = key_node.value
             if key in seen:
                 raise yaml.MarkedYAMLError(problem=f"key '{key}' appears twice", problem_mark=key_node.start_mark)
@@ -71,10 +100,12 @@ def load_yaml(path: str | Path) -> YamlFile:
     """Read a YAML mapping as plain data.
 
     Raises ConfigError, with file and line, for a missing file, a syntax error, a tag, an alias, a repeated key,
-    a file over 10 MB or a file whose top level is not a mapping.
+    a top level that is not a mapping, or more than the limits above.
     """
     path = Path(path)
     try:
+        if not path.is_file() and path.exists():  # reading a pipe would wait for ever, /dev/zero never end
+            raise ConfigError(f"{path}: cannot be read (not a file)")
         if path.stat().st_size > MAX_YAML_BYTES:
             raise ConfigError(f"{path}: larger than {MAX_YAML_BYTES // 1_000_000} MB, not a configuration file")
         text = path.read_bytes().decode("utf-8", errors="replace")

@@ -9,7 +9,7 @@ import io
 import os
 import stat
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +25,12 @@ VIDEO_SUFFIXES = frozenset(
 
 MAX_PIXELS = 178_956_970
 """Largest picture read by default: Pillow's own limit against decompression bombs (half a gigabyte as RGB)."""
+MAX_SIDE = 1 << 20  # OpenCV's own limit
+MAX_FILE_BYTES = 2_000_000_000  # more than MAX_PIXELS take at 16 bits without compression
+MAX_LIST_BYTES = 256_000_000  # some four million paths
+
+# What Pillow may be asked to read. Never all it knows: PostScript it hands to Ghostscript, a program.
+_PILLOW_FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "DIB", "WEBP", "GIF", "PPM", "JPEG2000")
 
 _HEADER_BYTES = 1 << 16
 _ORIENTATION_TAG = 0x0112
@@ -67,20 +73,29 @@ def read_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
 def decode_image(data: bytes, name: str, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """:func:`read_image` of bytes already in memory; ``name`` is what messages call them."""
     header = parse_header(data, name)
-    if header.width * header.height > max_pixels:
-        raise DataError(f"{name}: {header.width}x{header.height} is more than {max_pixels:,} pixels; make it smaller")
+    _check_pixels(header, name, max_pixels)
     if not _is_complete(data):
         raise DataError(f"{name}: the image file is cut short ({len(data):,} bytes); copy it again")
     buffer = np.frombuffer(data, np.uint8)
     by_pillow = header.orientation != 1 and not data.startswith((_JPEG_START, _PNG_START))
     direct = getattr(cv2, "IMREAD_COLOR_RGB", None)  # OpenCV 4.11 and later
     flags = (direct or cv2.IMREAD_COLOR) | cv2.IMREAD_IGNORE_ORIENTATION
-    image = None if by_pillow else cv2.imdecode(buffer, flags)
+    try:
+        image = None if by_pillow else cv2.imdecode(buffer, flags)
+    except cv2.error:  # sides beyond OpenCV's own limit
+        image = None
     if image is None:
         return _decode_with_pillow(data, name)
     if not direct:
         image = cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
     return _turn(image, header.orientation)
+
+
+def _check_pixels(header: Header, name: str, max_pixels: int) -> None:
+    if max(header.width, header.height) > MAX_SIDE:
+        raise DataError(f"{name}: {header.width}x{header.height}, a side of more than {MAX_SIDE:,} pixels")
+    if header.width * header.height > max_pixels:
+        raise DataError(f"{name}: {header.width}x{header.height} is more than {max_pixels:,} pixels; make it smaller")
 
 
 def image_size(path: str | Path) -> tuple[int, int]:
@@ -100,7 +115,8 @@ def image_size(path: str | Path) -> tuple[int, int]:
 
 
 def check_image(path: str | Path, min_side: int = 10) -> tuple[int, int]:
-    """:func:`image_size` of a picture fit for a data set: also complete at its end and at least ``min_side`` pixels.
+    """:func:`image_size` of a picture fit for a data set: also complete at its end, at least ``min_side`` pixels wide
+    and high and of at most MAX_PIXELS.
 
     The pixels of JPEG and PNG files, which say where they end, are not decoded; others are. Raises DataError naming
     the file and the reason.
@@ -108,6 +124,7 @@ def check_image(path: str | Path, min_side: int = 10) -> tuple[int, int]:
     width, height = image_size(path)
     if min(width, height) < min_side:
         raise DataError(f"{path}: {width}x{height} pixels, smaller than {min_side} on a side")
+    _check_pixels(Header(width, height, 1), str(path), MAX_PIXELS)
     with _open(path) as file:
         start = file.read(8)
         file.seek(-min(16, file.seek(0, os.SEEK_END)), os.SEEK_END)
@@ -145,7 +162,7 @@ def list_images(sources: str | Path | Iterable[str | Path]) -> list[str]:
     found: list[str] = []
     for source in map(Path, sources):
         if source.is_dir():
-            found += _walk(source)
+            found += [os.path.join(root, name) for root, names in walk(source) for name in names]
         elif source.suffix.lower() == ".txt" and source.is_file():
             found += _read_list(source)
         elif source.is_file():
@@ -169,46 +186,64 @@ def parse_header(data: bytes, name: str) -> Header:
     return _pillow_header(data, name)
 
 
-def _open(path: str | Path) -> io.BufferedReader:
+def _open(path: str | Path, max_bytes: int = MAX_FILE_BYTES) -> io.BufferedReader:
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
             raise DataError(f"{path}: cannot be read (not a file)")
+        if status.st_size > max_bytes:
+            raise DataError(f"{path}: larger than {max_bytes // 1_000_000:,} MB ({status.st_size:,} bytes)")
         return open(path, "rb")
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
+    except ValueError:
+        raise DataError(f"{path}: no such file (a name cannot hold a zero byte)") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
 
 
-def _read_bytes(path: str | Path) -> bytes:
-    with _open(path) as file:
+def _read_bytes(path: str | Path, max_bytes: int = MAX_FILE_BYTES) -> bytes:
+    with _open(path, max_bytes) as file:
         return file.read()
 
 
-def _walk(folder: Path) -> list[str]:
-    """Files below a folder, through links to folders as well (each real folder once), hidden names left out."""
-    found, seen = [], set()
-    for root, folders, files in os.walk(folder, followlinks=True):
-        real = os.path.realpath(root)
-        if real in seen:
-            folders.clear()
+def walk(folder: str | Path) -> Iterator[tuple[str, list[str]]]:
+    """A folder and all below it, each with the names of its files: through links to folders as well, but each real
+    folder once, so that links in a circle end; hidden names left out."""
+    waiting, seen = [str(folder)], set()
+    while waiting:  # not by os.walk: it calls itself for each level, and folders may lie a thousand deep
+        root = waiting.pop()
+        try:
+            status = os.stat(root)
+            entries = sorted((e for e in os.scandir(root) if not e.name.startswith(".")), key=lambda e: e.name)
+        except OSError:  # not ours to read, or a path longer than the system allows
             continue
-        seen.add(real)
-        folders[:] = [f for f in folders if not f.startswith(".")]
-        found += [os.path.join(root, f) for f in files if not f.startswith(".")]
-    return found
+        if (status.st_dev, status.st_ino) in seen:
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        folders = [entry for entry in entries if _is_dir(entry)]
+        yield root, [entry.name for entry in entries if entry not in folders]
+        waiting += [entry.path for entry in reversed(folders)]
+
+
+def _is_dir(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
 def _read_list(path: Path) -> list[str]:
     found = []
-    for number, line in enumerate(_read_bytes(path).decode("utf-8-sig", errors="replace").splitlines(), 1):
+    text = _read_bytes(path, MAX_LIST_BYTES).decode("utf-8-sig", errors="replace")
+    for number, line in enumerate(text.splitlines(), 1):
         line = line.strip()
         if not line or (line.startswith("#") and not is_image(line)):
             continue
         beside = path.parent / line
         image = beside if line.startswith("./") or not os.path.exists(line) else Path(line)
-        if not image.exists():
-            raise DataError(f"{path}:{number}: no such image: {image}")
+        if not os.path.exists(image):  # False, not an error, for a name too long or with a zero byte
+            raise DataError(f"{path}:{number}: no such image: {str(image)[:500]}")
         found.append(str(image))
     return found
 
@@ -265,10 +300,10 @@ def _exif_orientation(tiff: bytes) -> int:
 
 
 def _pillow_header(data: bytes, name: str) -> Header:
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=_PILLOW_FORMATS) as image:
             orientation = image.getexif().get(_ORIENTATION_TAG, 1)
             stored = image.size
             if getattr(image, "tag_v2", None) is not None and orientation >= 5:
@@ -276,7 +311,9 @@ def _pillow_header(data: bytes, name: str) -> Header:
             return Header(*stored, orientation if orientation in range(1, 9) else 1)
     except Image.DecompressionBombError:
         raise DataError(f"{name}: more than {MAX_PIXELS:,} pixels; make it smaller") from None
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, struct.error):
+    except MemoryError:
+        raise
+    except Exception:  # its parsers raise KeyError, TypeError, OverflowError and more on bytes made to mislead them
         raise DataError(f"{name}: not an image, or of a kind that cannot be read") from None
 
 
@@ -285,9 +322,11 @@ def _decode_with_pillow(data: bytes, name: str) -> np.ndarray:
     from PIL import Image, ImageOps
 
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=_PILLOW_FORMATS) as image:
             return np.array(ImageOps.exif_transpose(image).convert("RGB"))
-    except (Image.DecompressionBombError, OSError, ValueError, SyntaxError, struct.error) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # as above
         raise DataError(f"{name}: the image cannot be decoded ({error}); open and save it again") from None
 
 

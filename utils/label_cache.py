@@ -10,8 +10,6 @@ import hashlib
 import json
 import os
 import time
-import zipfile
-import zlib
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,9 +20,10 @@ import numpy as np
 from utils.console import LOGGER, progress
 from utils.errors import DataError
 from utils.files import atomic_open
-from utils.images import check_image, list_images
+from utils.images import MAX_PIXELS, check_image, list_images
 from utils.label_index import EMPTY_POINTS, Fault, LabelIndex, PackedStrings, offsets_of
-from utils.labels import LabelFile, label_path, read_labels
+from utils.labels import MAX_CLASS, LabelFile, label_path, read_labels
+from utils.npz import NPZ_DAMAGE, check_offsets, read_npz
 
 VERSION = 2  # 2: PNG chunks, links to nowhere
 SETTLED_NS = 2_000_000_000
@@ -32,8 +31,17 @@ SETTLED_NS = 2_000_000_000
 
 OK, MISSING, EMPTY, CORRUPT = range(4)
 MAX_SHOWN = 10
-# what numpy, zipfile, json and indexing raise on bytes that are not a cache of ours
-_DAMAGE = (OSError, ValueError, KeyError, IndexError, TypeError, EOFError, zipfile.BadZipFile, zlib.error)
+_KINDS = {
+    "path_bytes": (np.uint8, None),
+    "path_offsets": (np.int64, None),
+    "sizes": (np.int32, 2),
+    "labels": (np.float32, 5),
+    "offsets": (np.int64, None),
+    "points": (np.float32, 2),
+    "point_offsets": (np.int64, None),
+    "stamps": (np.int64, 4),
+    "meta": (np.uint8, None),
+}
 
 
 @dataclass
@@ -222,23 +230,21 @@ def _read_first(caches: list[Path], nc: int | None) -> tuple[dict[str, Entry], P
         if cache.is_file():
             try:
                 return _read_cache(cache, nc), cache
-            except _DAMAGE as error:
+            except NPZ_DAMAGE as error:
                 LOGGER.warning(f"{cache}: damaged or of another version ({error}); scanning again")
     return {}, None
 
 
 def _read_cache(cache: Path, nc: int | None) -> dict[str, Entry]:
     """Entries by path that may be trusted: not those whose files changed just before the scan."""
-    with open(cache, "rb") as raw, np.load(raw, allow_pickle=False) as file:
-        arrays = {key: file[key] for key in file.files}
+    arrays = read_npz(cache, _KINDS)
     meta = json.loads(arrays["meta"].tobytes())
     if meta["version"] != VERSION:
         raise ValueError(f"version {meta['version']}, expected {VERSION}")
     if meta["nc"] != nc:  # another number of classes: every class number must be checked again
         return {}
+    _check_cache(arrays, meta["notes"], nc)
     paths = PackedStrings.from_arrays(arrays["path_bytes"], arrays["path_offsets"])
-    if not len(paths) == len(arrays["stamps"]) == len(arrays["sizes"]) == len(meta["notes"]):
-        raise ValueError("lengths disagree")
     newest = meta["started_ns"] - SETTLED_NS
     entries = {}
     for i, (status, rows, clipped, duplicates, faults) in enumerate(meta["notes"]):
@@ -253,6 +259,28 @@ def _read_cache(cache: Path, nc: int | None) -> dict[str, Entry]:
         size = tuple(arrays["sizes"][i].tolist())
         entries[paths[i]] = Entry(paths[i], stamp, size, status, labels, [Fault(*f) for f in faults])
     return entries
+
+
+def _check_cache(arrays: dict[str, np.ndarray], notes: list, nc: int | None) -> None:
+    """Raise ValueError unless a cache holds what a scan could have written: data sets come with caches in them."""
+    count, labels, sizes = len(notes), arrays["labels"], arrays["sizes"]
+    if not count == len(arrays["stamps"]) == len(sizes):
+        raise ValueError("lengths disagree")
+    check_offsets(arrays["path_offsets"], count, len(arrays["path_bytes"]))
+    check_offsets(arrays["offsets"], count, len(labels))
+    check_offsets(arrays["point_offsets"], len(labels), len(arrays["points"]))
+    classes, most = labels[:, 0], MAX_CLASS if nc is None else nc - 1
+    is_class = (classes >= 0) & (classes <= most) & (classes == classes.round())
+    units = [labels[:, 1:], arrays["points"]]
+    if not (is_class.all() and all(((u >= 0) & (u <= 1)).all() for u in units) and (labels[:, 3:] > 0).all()):
+        raise ValueError("labels out of range")
+    if (sizes < 0).any() or (sizes.astype(np.int64).prod(1) > MAX_PIXELS).any():
+        raise ValueError("sizes out of range")
+    for status, *numbers, faults in notes:
+        if status not in (OK, MISSING, EMPTY, CORRUPT) or [type(n) for n in numbers] != [int] * 3:
+            raise ValueError("notes of another kind")
+        if any([type(part) for part in fault] != [str, int, str] for fault in faults):
+            raise ValueError("faults of another kind")
 
 
 def _show_faults(faults: list[Fault], prefix: str) -> None:

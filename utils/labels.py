@@ -17,6 +17,11 @@ import numpy as np
 from utils.boxes import xyxy_to_cxcywh
 from utils.errors import DataError
 
+MAX_BYTES, MAX_ROW = 16_000_000, 2_000_000
+"""Bytes of a label file and characters of one row: many times what the finest polygons of a picture take."""
+MAX_FAULTS = 1000
+"""A file with more bad rows than this is no label file."""
+MAX_CLASS = 1 << 24  # float32 counts up to here
 TOLERANCE = 0.01
 """Coordinates this far outside 0..1 are rounding in somebody's converter: they are clipped, not refused."""
 
@@ -55,31 +60,38 @@ def read_labels(path: str | Path, nc: int | None = None) -> LabelFile:
     as a whole cannot be read.
     """
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # reading a pipe would wait for ever
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for ever
             raise DataError(f"{path}: cannot be read (not a file)")
+        if status.st_size > MAX_BYTES:
+            raise DataError(f"{path}: larger than {MAX_BYTES // 1_000_000} MB, no label file")
         text = Path(path).read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError:
         raise DataError(f"{path}: not a text file in UTF-8; save it again as plain text") from None
-    return parse_labels(text, nc)
+    result = parse_labels(text, nc)
+    if len(result.faults) > MAX_FAULTS:
+        raise DataError(f"{path}: more than {MAX_FAULTS:,} bad rows, no label file; row 1: {result.faults[0][1]}")
+    return result
 
 
 def parse_labels(text: str, nc: int | None = None) -> LabelFile:
-    """:func:`read_labels` of a text already in memory."""
+    """:func:`read_labels` of a text already in memory. Reading ends after MAX_FAULTS + 1 bad rows."""
     boxes: list[tuple[float, ...]] = []
     segments: list[np.ndarray] = []
     result = LabelFile(np.zeros((0, 5), np.float32))
     seen: set[tuple[float, ...]] = set()
     for number, line in enumerate(text.splitlines(), 1):
-        fields = line.split()
-        if not fields:
+        if not line or line.isspace():
             continue
         result.rows += 1
         try:
-            values, clipped = _read_row(fields, nc)
+            values, clipped = _read_row(line, nc)
         except ValueError as reason:
             result.faults.append((number, str(reason)))
+            if len(result.faults) > MAX_FAULTS:
+                break
             continue
         if values in seen:
             result.duplicates += 1
@@ -101,8 +113,11 @@ def _bounds(points: np.ndarray) -> tuple[float, ...]:
     return (x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1
 
 
-def _read_row(fields: list[str], nc: int | None) -> tuple[tuple[float, ...], bool]:
+def _read_row(line: str, nc: int | None) -> tuple[tuple[float, ...], bool]:
     """The numbers of one row and whether any was clipped. Raises ValueError with the reason."""
+    if len(line) > MAX_ROW:
+        raise ValueError(f"a row of {len(line):,} characters")
+    fields = line.split()
     count = len(fields)
     polygon = count > 6
     if "," in fields[0] or count == 1:
@@ -131,8 +146,9 @@ def _read_row(fields: list[str], nc: int | None) -> tuple[tuple[float, ...], boo
     clipped = low < 0 or high > 1
     if clipped:
         numbers = tuple(min(max(n, 0.0), 1.0) for n in numbers)
-    width, height = (_bounds(np.array(numbers).reshape(-1, 2)) if polygon else numbers)[2:]
-    if width <= 0 or height <= 0:
+    # as float32, in which they are kept: 1e-50 is no width
+    sides = _bounds(np.array(numbers, np.float32).reshape(-1, 2)) if polygon else numbers
+    if np.float32(sides[2]) <= 0 or np.float32(sides[3]) <= 0:
         raise ValueError("box without width or height")
     return (values[0], *numbers), clipped
 
@@ -142,6 +158,8 @@ def _check_class(value: float, nc: int | None) -> None:
         raise ValueError(f"class {value:g} is not a whole number")
     if value < 0:
         raise ValueError(f"class {value:g} is negative")
+    if value > MAX_CLASS:
+        raise ValueError(f"class {value:g} is too large")
     if nc is not None and value >= nc:
         names = "1 name (0)" if nc == 1 else f"{nc} names (0..{nc - 1})"
         raise ValueError(f"class {value:g} but the data set has {names}")

@@ -54,11 +54,30 @@ class UniqueNames:
         return any(pattern.fullmatch(name) for name in self._taken)
 
 
+# Signs that begin a formula (the wide ones too, in Japanese Excel), at the start of a cell or after what some
+# spreadsheet splits cells at: a semicolon is the comma of half of Europe.
+_FORMULA = re.compile(r"(^[\t\r\n]|(?:^|[;\t\r\n])\s*(?=[=+\-@＝＋－＠]))")
+
+
 def spreadsheet_text(text: str) -> str:
     """Text for a CSV cell: what a spreadsheet would take for a formula (= + - @, tab, return) gets a leading quote."""
-    return f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t", "\r", "\n") else text
+    return _FORMULA.sub(lambda found: f"'{found[0]}" if found.start() == 0 else f"{found[0]}'", text)
 
 
-def printable(text: str) -> str:
-    """Text for one line of a terminal: control characters and line ends become their escapes."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+def printable(text: str, keep: str = "") -> str:
+    """Text for one line of a terminal: control characters and line ends become their escapes, but those of ``keep``."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
+
+
+MAX_NAME = 200
+"""Longest class name, in characters."""
+
+
+def class_name_fault(name: str) -> str | None:
+    """Why a text cannot be a class name (control characters, too long), or None."""
+    if len(name) > MAX_NAME:
+        return f"is longer than {MAX_NAME} characters ('{printable(name[:20])}...')"
+    control = next((c for c in name if unicodedata.category(c) == "Cc"), None)
+    return f"holds the control character {control!r}: write it as plain text" if control else None

@@ -7,6 +7,7 @@ One iterator contract for all of them: ``with open_source(...) as source: for fr
 from __future__ import annotations
 
 import glob
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -14,8 +15,8 @@ import cv2
 
 from utils.console import LOGGER
 from utils.errors import SourceError, UserError, did_you_mean
-from utils.frames import Frame, Source, frames_per_second, is_url, next_frame, suffix_of
-from utils.images import IMAGE_SUFFIXES, VIDEO_SUFFIXES, read_image
+from utils.frames import URL_SCHEMES, Frame, Source, frames_per_second, is_url, next_frame, suffix_of
+from utils.images import IMAGE_SUFFIXES, MAX_LIST_BYTES, VIDEO_SUFFIXES, read_image, walk
 from utils.safe_names import printable
 from utils.streams import ScreenSource, StreamSource
 
@@ -52,7 +53,8 @@ class FileSource(Source):
     def _video(self, path: str, item: int) -> Iterator[Frame]:
         if not path.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in path):
             raise SourceError(f"{printable(path)}: OpenCV opens no video whose name is not UTF-8; rename it")
-        capture = cv2.VideoCapture(path)
+        # from the root: FFmpeg takes the name concat:x.mp4 for an order
+        capture = cv2.VideoCapture(path if is_url(path) else os.path.abspath(path))
         try:
             if not capture.isOpened():
                 raise SourceError(f"{path}: cannot be opened as a video{_missing_or_damaged(path)}")
@@ -102,7 +104,19 @@ def _is_live(text: str) -> bool:
 def _addresses(text: str) -> list[str]:
     if suffix_of(text) != ".streams" or is_url(text):
         return [text]
-    return [line for _, line in _lines(text)]
+    return [_address(text, number, line) for number, line in _lines(text)]
+
+
+def _address(file: str, number: int, line: str) -> str:
+    """One line of a .streams file. OpenCV's backends would obey other words as well: pipelines that write files,
+    ``concat:``, ``file:``."""
+    if line.isdigit() or is_url(line):
+        return line
+    if os.path.isfile(line):
+        return os.path.abspath(line)
+    raise SourceError(
+        f"{file}:{number}: {line[:200]}: expected an address ({' '.join(URL_SCHEMES)}), a webcam number or a video file"
+    )
 
 
 def list_files(text: str) -> list[str]:
@@ -121,11 +135,26 @@ def list_files(text: str) -> list[str]:
             raise SourceError(f"{text}: neither a picture nor a video (known: {_known_suffixes()})")
         return [str(path)]
     if glob.has_magic(text):
-        found = sorted(p for p in glob.glob(str(path), recursive=True) if _readable(Path(p)) and not Path(p).is_dir())
+        found = sorted(p for p in set(_matches(str(path))) if _readable(Path(p)) and not os.path.isdir(p))
         if not found:
             raise SourceError(f"--source {text}: no picture or video matches this pattern")
         return found
     raise SourceError(_missing(text, path))
+
+
+def _matches(pattern: str) -> Iterator[str]:
+    """What a pattern matches; ``**`` is any number of folders, each of them once, however many links lead to it
+    (glob's own ``**`` goes round a circle of links until the names are too long)."""
+    parts = pattern.split(os.sep)
+    if "**" not in parts:
+        yield from glob.iglob(pattern)
+        return
+    place = parts.index("**")
+    tops, rest = os.sep.join([*parts[:place], ""]), parts[place + 1 :] or ["*"]
+    for top in glob.iglob(tops) if tops else [os.curdir]:
+        for folder, _ in walk(top):
+            inside = "" if folder == os.curdir else glob.escape(folder.removeprefix(f"{os.curdir}{os.sep}"))
+            yield from _matches(os.path.join(inside, *rest))
 
 
 def _in_folder(folder: Path) -> list[str]:
@@ -164,6 +193,9 @@ def _entry(path: Path, number: int, entry: str) -> list[str]:
 
 def _lines(path: str | Path) -> list[tuple[int, str]]:
     try:
+        size = os.path.getsize(path)
+        if size > MAX_LIST_BYTES:
+            raise SourceError(f"{path}: larger than {MAX_LIST_BYTES // 1_000_000} MB, not a list of sources")
         text = Path(path).read_text(encoding="utf-8", errors="replace")
     except OSError as error:
         raise SourceError(f"{path}: cannot be read ({error.strerror})") from None

@@ -44,6 +44,13 @@ def _add_model_flags(group: argparse._ArgumentGroup) -> None:
         "--cfg", default="", help="model YAML, e.g. yolov5s.yaml or yolov5s-dcn.yaml; default: the checkpoint's own"
     )
     group.add_argument(
+        "--dcn",
+        default="",
+        metavar="LAYERS",
+        help="make these convolutions deformable, their weights and the model's output kept: layer numbers (1,3,5), "
+        "c3:8 (the 3x3 ones inside layer 8), backbone.last2, all3x3",
+    )
+    group.add_argument(
         "--freeze",
         nargs="+",
         type=int,

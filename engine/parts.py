@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from engine.epoch import Learner
+from models.deform import FORMS, make_deformable, parse_requests
 from models.head import side_multiple
 from models.loading import build_or_load
 from models.surgery import freeze, use_dcn_backend
@@ -17,7 +18,7 @@ from models.yolo import DetectionModel
 from utils.autoanchor import check_anchors
 from utils.autobatch import auto_batch
 from utils.config import DataConfig, Hyp, TrainConfig
-from utils.console import LOGGER
+from utils.console import LOGGER, plural
 from utils.dataloaders import DetectionLoader, create_dataloader
 from utils.dataset import DetectionDataset, class_weights, image_weights
 from utils.device import amp_dtype
@@ -46,6 +47,8 @@ def build_model(cfg: TrainConfig, hyp: Hyp, data: DataConfig, device: torch.devi
     description = None if cfg.resume else cfg.cfg
     model, report = build_or_load(description, weights, data.nc, None if cfg.resume else hyp.anchors, data.names)
     LOGGER.info(report.text())
+    if cfg.dcn and not cfg.resume:  # a resumed run's checkpoint describes its model with them
+        _make_deformable(model, cfg)
     frozen = freeze(model, cfg.freeze_layers)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError(f"--freeze {cfg.freeze[0]}: freezes all {len(model.model)} layers, nothing is left to train")
@@ -56,6 +59,23 @@ def build_model(cfg: TrainConfig, hyp: Hyp, data: DataConfig, device: torch.devi
         model = model.to(memory_format=torch.channels_last)  # cuDNN's fast order
     use_dcn_backend(model, cfg.dcn_backend, device, amp_dtype(cfg.amp, device) or torch.float32)
     return model
+
+
+def _make_deformable(model: DetectionModel, cfg: TrainConfig) -> None:
+    """--dcn on the model with its weights; layers that --freeze stops are refused, their offsets would never move."""
+    requests = parse_requests(cfg.dcn)
+    if not requests:
+        raise ConfigError(f"--dcn {cfg.dcn!r}: names no layer; give {FORMS}")
+    paths = make_deformable(model, requests)
+    frozen = [path for path in paths if int(path.split(".")[0]) in cfg.freeze_layers]
+    if frozen:
+        raise ConfigError(
+            f"--dcn {cfg.dcn}: layer {frozen[0].split('.')[0]} is frozen by --freeze, so its offsets would stay zero; "
+            f"leave it out of one of them"
+        )
+    LOGGER.info(
+        f"--dcn {cfg.dcn}: {plural(len(paths), 'convolution')} made deformable, same output: {', '.join(paths)}"
+    )
 
 
 def frame_for(cfg: TrainConfig, model: DetectionModel, world: World) -> Frame:

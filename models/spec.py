@@ -19,7 +19,7 @@ from utils.errors import ConfigError, did_you_mean
 from utils.files import ROOT, YamlFile, find_file, load_yaml
 
 REQUIRED = ("nc", "depth_multiple", "width_multiple", "anchors", "backbone", "head")
-OPTIONAL = ("activation", "ch", "channel_multiple", "inplace")
+OPTIONAL = ("activation", "ch", "channel_multiple", "csp_activation", "dcn", "inplace")
 MAX_REPEATS = 1000
 
 
@@ -36,7 +36,8 @@ class Row:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A checked description. ``anchors``: per level a flat list w, h, ... in pixels, or the number per level."""
+    """A checked description. ``anchors``: per level a flat list w, h, ... in pixels, or the number per level;
+    ``csp_activation``: that of the blocks which ``activation`` does not reach (BottleneckCSP, MixConv2d)."""
 
     name: str
     yaml: dict
@@ -47,7 +48,10 @@ class ModelSpec:
     width: float
     divisor: int
     activation: nn.Module
+    csp_activation: nn.Module
     rows: list[Row]
+    dcn: list[str | int]
+    dcn_where: str
 
     @property
     def anchors_per_cell(self) -> int:
@@ -82,8 +86,11 @@ def read_spec(
         depth=_positive(values["depth_multiple"], "depth_multiple", text),
         width=_positive(values["width_multiple"], "width_multiple", text),
         divisor=_integer(values.get("channel_multiple", 8), "channel_multiple", text),
-        activation=_activation(values.get("activation"), text),
+        activation=_activation(values, "activation", text),
+        csp_activation=_activation(values, "csp_activation", text),
         rows=[row for part in ("backbone", "head") for row in _rows(part, values[part], text)],
+        dcn=_dcn(values.pop("dcn", None), text),
+        dcn_where=f"{text('dcn')}: dcn",
     )
 
 
@@ -152,13 +159,22 @@ def _anchors(value: Any, where: _Where) -> int | list[list[float]]:
     return value
 
 
-def _activation(value: Any, where: _Where) -> nn.Module:
-    if value is None:
+def _dcn(value: Any, where: _Where) -> list[str | int]:
+    """Layers to make deformable (models.deform): an item, or a list of them."""
+    items = [] if value is None else value if isinstance(value, list) else [value]
+    for item in items:
+        if not isinstance(item, (str, int)) or isinstance(item, bool):
+            raise ConfigError(f"{where('dcn')}: dcn must list layers like 5 or c3:8, got {item!r}")
+    return items
+
+
+def _activation(values: dict, key: str, where: _Where) -> nn.Module:
+    if values.get(key) is None:
         return nn.SiLU()
     try:
-        return activation_from_text(str(value))
+        return activation_from_text(str(values[key]))
     except ValueError as error:
-        raise ConfigError(f"{where('activation')}: {error}") from None
+        raise ConfigError(f"{where(key)}: {error}") from None
 
 
 def _rows(part: str, value: Any, where: _Where) -> list[Row]:

@@ -1,6 +1,8 @@
 """DetectionModel: a YOLOv5 network from a YAML file.
 
 python -m models.yolo --cfg yolov5s.yaml --profile      # table of layers, totals, milliseconds per layer
+python -m models.yolo --cfg yolov5s.yaml --dcn c3:8     # with convolutions made deformable (models/deform.py)
+python -m models.yolo --cfg runs/train/exp/weights/best.pt
 """
 
 from __future__ import annotations
@@ -12,10 +14,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from models.deform import make_deformable, parse_requests
 from models.head import Detect
 from models.parser import Layer, parse_model
 from models.spec import read_spec
-from utils.errors import ConfigError, run_cli
+from utils.checkpoint import read_checkpoint
+from utils.errors import CheckpointError, ConfigError, run_cli
 
 STRIDE_PROBE = 256
 """Pixels. Side of the image whose maps tell the strides; the largest stride that a model can have."""
@@ -47,6 +51,8 @@ class DetectionModel(nn.Module):
         strides = self._measure_strides(read.ch)
         self.detect.set_anchors(self.layers[-1].args[1], strides)
         self.detect.initialize_biases(strides)
+        if read.dcn:
+            make_deformable(self, [part for item in read.dcn for part in parse_requests(str(item))], read.dcn_where)
 
     @property
     def detect(self) -> Detect:
@@ -108,7 +114,10 @@ def main(argv: Sequence[str]) -> None:
     from utils.device import select_device
 
     parser = argparse.ArgumentParser(prog="python -m models.yolo", description="Build a model and show its layers.")
-    parser.add_argument("--cfg", default="yolov5s.yaml", help="model YAML (default: yolov5s.yaml)")
+    parser.add_argument("--cfg", default="yolov5s.yaml", help="model YAML, or a checkpoint (default: yolov5s.yaml)")
+    parser.add_argument(
+        "--dcn", default="", metavar="LAYERS", help="make these convolutions deformable, as in train.py"
+    )
     parser.add_argument(
         "--imgsz", "--img", "--img-size", type=int, default=640, help="image side, pixels (default 640)"
     )
@@ -120,8 +129,21 @@ def main(argv: Sequence[str]) -> None:
     for flag in ("imgsz", "batch_size"):
         if getattr(args, flag) < 1:
             raise ConfigError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: expected a number from 1 up")
-    model = DetectionModel(args.cfg).to(select_device(args.device))
+    model = DetectionModel(_description(args.cfg))
+    if args.dcn:
+        make_deformable(model, parse_requests(args.dcn))
+    model = model.to(select_device(args.device))
     print(summarize(model, args.imgsz, profile=args.profile, batch_size=args.batch_size).text())
+
+
+def _description(cfg: str) -> str | dict:
+    """``cfg`` itself, or what a checkpoint says of its model."""
+    if not cfg.endswith(".pt"):
+        return cfg
+    description = read_checkpoint(cfg).meta.get("yaml")
+    if not isinstance(description, dict):
+        raise CheckpointError(f"{cfg}: holds weights without a model description")
+    return description
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from models.common import SPP, Bottleneck, Conv, PartialBlock, batch_norm
+from models.common import SPP, Bottleneck, Conv, PartialBlock, activation, batch_norm
 
 
 class DWConvTranspose2d(nn.ConvTranspose2d):
@@ -47,19 +47,21 @@ class Expand(nn.Module):
 
 
 class MixConv2d(nn.Module):
-    """Convolutions of several kernel sizes side by side, then bn and SiLU (arXiv 1907.09595).
+    """Convolutions of several kernel sizes side by side, then bn and ``join_act`` (arXiv 1907.09595).
 
     ``equal_ch`` gives each kernel the same number of output channels, else about the same number of weights.
     """
 
-    def __init__(self, c1, c2, k: Sequence[int] = (1, 3), s=1, equal_ch: bool = True) -> None:
+    def __init__(
+        self, c1, c2, k: Sequence[int] = (1, 3), s=1, equal_ch: bool = True, *, join_act: bool | nn.Module = True
+    ) -> None:
         super().__init__()
         split = _equal_channels(c2, len(k)) if equal_ch else _equal_weights(c2, k)
         self.m = nn.ModuleList(
             nn.Conv2d(c1, c, size, s, size // 2, groups=math.gcd(c1, c), bias=False) for size, c in zip(k, split)
         )
         self.bn = batch_norm(c2)
-        self.act = nn.SiLU()
+        self.act = activation(join_act)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.act(self.bn(torch.cat([conv(x) for conv in self.m], 1)))
@@ -94,9 +96,21 @@ class CrossConv(nn.Module):
 
 
 class BottleneckCSP(nn.Module):
-    """Cross-stage partial block (arXiv 1911.11929) of YOLOv5 v4 and before: bn and SiLU after the join."""
+    """Cross-stage partial block (arXiv 1911.11929) of YOLOv5 v4 and before: bn and ``join_act`` after the join, which
+    is SiLU today and was LeakyReLU(0.1) when the other activations had already changed."""
 
-    def __init__(self, c1, c2, n=1, shortcut=True, g=1, e=0.5, *, act: bool | nn.Module = True) -> None:
+    def __init__(
+        self,
+        c1,
+        c2,
+        n=1,
+        shortcut=True,
+        g=1,
+        e=0.5,
+        *,
+        act: bool | nn.Module = True,
+        join_act: bool | nn.Module = True,
+    ) -> None:
         super().__init__()
         h = int(c2 * e)
         self.cv1 = Conv(c1, h, act=act)
@@ -104,7 +118,7 @@ class BottleneckCSP(nn.Module):
         self.cv3 = nn.Conv2d(h, h, 1, bias=False)
         self.cv4 = Conv(2 * h, c2, act=act)
         self.bn = batch_norm(2 * h)
-        self.act = nn.SiLU()
+        self.act = activation(join_act)
         self.m = nn.Sequential(*(Bottleneck(h, h, shortcut, g, 1.0, act=act) for _ in range(n)))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -10,9 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from models.ensemble import Ensemble
+from models.parser import parse_model
+from models.spec import read_spec
 from models.surgery import fuse as fuse_norms
+from models.upstream import Upstream, differences, read_weights
 from models.yolo import DetectionModel
-from utils.checkpoint import Checkpoint, read_checkpoint
+from utils.checkpoint import Checkpoint
 from utils.console import LOGGER
 from utils.errors import CheckpointError, ConfigError
 from utils.safe_names import MAX_NAME, printable
@@ -66,7 +69,12 @@ def build_or_load(
     checkpoint = _read(weights) if weights else None
     if checkpoint is None and not cfg:
         raise ConfigError("neither --weights nor --cfg given: name a checkpoint to start from or a model YAML to build")
-    model = DetectionModel(cfg or _description(checkpoint), nc=nc, anchors=anchors)
+    if cfg:
+        model = DetectionModel(cfg, nc=nc, anchors=anchors)
+    else:
+        model = build_described(checkpoint, nc, anchors)
+        for line in _differences(model, checkpoint)[:3] if nc in (None, checkpoint.meta.get("nc")) else ():
+            LOGGER.warning(f"{weights}: {line}")
     report = LoadReport()
     if checkpoint is not None:
         keep_anchors = not cfg and anchors is None
@@ -98,28 +106,78 @@ def load_model(
 
 
 def _load_one(path: str | Path, fuse: bool) -> DetectionModel:
-    checkpoint = _read(path)
-    model = DetectionModel(_description(checkpoint), nc=checkpoint.meta.get("nc"))
+    model = fill_described(_read(path)).eval()
+    return fuse_norms(model) if fuse else model
+
+
+def fill_described(checkpoint: Checkpoint) -> DetectionModel:
+    """The model that a checkpoint describes with all of its weights, float32 on the CPU.
+
+    Raises CheckpointError when it has no description or a faulty one, when weights are lacking, and when the modules in
+    a file of YOLOv5 do not compute what those of this program do.
+    """
+    model = build_described(checkpoint)
+    unlike = _differences(model, checkpoint)
+    if unlike:
+        raise CheckpointError(f"{checkpoint.path}: its modules are not those of this program: {_first(unlike)}")
     report = _transfer(model, checkpoint, keep_anchors=True)
     if report.transferred < report.total:
         lacking = [*report.missing, *report.mismatched]
-        raise CheckpointError(f"{path}: its weights do not fill its own model: {_first(lacking)}")
+        raise CheckpointError(f"{checkpoint.path}: its weights do not fill its own model: {_first(lacking)}")
     if checkpoint.meta.get("names"):
-        model.names = _named(checkpoint.meta["names"], model.nc, str(path))
-    model = model.float().eval()
-    return fuse_norms(model) if fuse else model
+        model.names = _named(checkpoint.meta["names"], model.nc, str(checkpoint.path))
+    return model.float()
+
+
+def build_described(
+    checkpoint: Checkpoint, nc: int | None = None, anchors: float | list | None = None
+) -> DetectionModel:
+    """A new model from a checkpoint's own description; ``nc`` and ``anchors`` replace its entries.
+
+    Raises CheckpointError, naming the file, for a description that is missing, faulty or of a far larger model than the
+    file has weights for.
+    """
+    description = _description(checkpoint)
+    try:
+        _check_size(checkpoint, description)
+        return DetectionModel(description, nc=checkpoint.meta.get("nc") if nc is None else nc, anchors=anchors)
+    except ConfigError as error:
+        raise CheckpointError(f"{checkpoint.path}: {error}") from None
+
+
+def _check_size(checkpoint: Checkpoint, description: dict) -> None:
+    """The description is text of the file: a few words of it could ask for all memory. Counted without allocating."""
+    with torch.device("meta"):
+        layers, _ = parse_model(read_spec(description))
+    described, held = (sum(t.numel() for t in state.values()) for state in (layers.state_dict(), checkpoint.model))
+    if described > 2 * held + 1_000_000:
+        raise CheckpointError(
+            f"{checkpoint.path}: describes a model of {described:,} values but holds {held:,}; it does not fit itself"
+        )
+
+
+def _differences(model: DetectionModel, checkpoint: Checkpoint) -> list[str]:
+    """Where a checkpoint of YOLOv5 has other modules than the model built from its description."""
+    if not isinstance(checkpoint, Upstream):
+        return []
+    own = model.state_dict()
+    unknown = [f"{name} has no place here" for name in checkpoint.model if name not in own]
+    return differences(model, checkpoint.modules) + unknown
 
 
 def _read(path: str | Path) -> Checkpoint:
     if Path(path).suffix in (".yaml", ".yml"):
         raise CheckpointError(f"{path}: a model YAML holds no weights; use --cfg {path}")
-    return read_checkpoint(path)
+    return read_weights(path)
 
 
 def _description(checkpoint: Checkpoint) -> dict:
     description = checkpoint.meta.get("yaml")
     if not isinstance(description, dict):
-        raise CheckpointError(f"{checkpoint.path}: holds weights without a model description; add --cfg with its YAML")
+        raise CheckpointError(
+            f"{checkpoint.path}: holds weights without a model description; add --cfg with its YAML (train.py, or "
+            f"python -m models.convert {checkpoint.path} --cfg model.yaml -o ours.pt)"
+        )
     return description
 
 

@@ -51,6 +51,10 @@ class Layer:
         return tuple(i for source, i in zip(sources, self.inputs) if source != -1)
 
 
+MAX_BLOCKS = 3000
+"""Of a whole model, repeats included: descriptions come with checkpoints, so from strangers; yolov5x6 has 150."""
+
+
 def scaled(spec: ModelSpec, c_in: list[int], args: list) -> tuple[list, int]:
     """First argument = channels out, times the width, up to a multiple of 8; unless it is a head's own number."""
     if not args or not isinstance(args[0], int) or isinstance(args[0], bool) or args[0] < 1:
@@ -153,6 +157,8 @@ def parse_model(spec: ModelSpec) -> tuple[nn.Sequential, list[Layer]]:
     Each module carries ``i`` (index), ``f`` (from, as written), ``type`` (dotted class name) and ``np`` (parameters).
     Raises ConfigError with file and line for a row that cannot be built, and when the last row is not Detect.
     """
+    if sum(_repeats(spec, row) for row in spec.rows) > MAX_BLOCKS:
+        raise ConfigError(f"{spec.rows[0].where}: more than {MAX_BLOCKS:,} blocks in all, repeats included")
     modules: list[nn.Module] = []
     layers: list[Layer] = []
     channels: list[int] = []
@@ -192,7 +198,7 @@ def _build(spec: ModelSpec, row: Row, index: int, inputs: tuple, c_in: list[int]
     if isinstance(row.source, list) != (block.rule in (joined, detection)):
         expected = "one layer number" if isinstance(row.source, list) else "a list of layer numbers"
         raise ValueError(f"'from' must be {expected} for this block, got {row.source!r}")
-    repeats = max(round(row.number * spec.depth), 1) if row.number > 1 else row.number
+    repeats = _repeats(spec, row)
     if block.rule is detection and repeats != 1:
         raise ValueError(f"the number must be 1, got {row.number}")
     if repeats > MAX_REPEATS:
@@ -208,6 +214,10 @@ def _build(spec: ModelSpec, row: Row, index: int, inputs: tuple, c_in: list[int]
     module.type = f"{type(first).__module__}.{type(first).__name__}"
     module.np = sum(p.numel() for p in module.parameters())
     return module, Layer(index, row.source, inputs, repeats, module.type, args, row.where), c_out
+
+
+def _repeats(spec: ModelSpec, row: Row) -> int:
+    return max(round(min(row.number * spec.depth, 1e9)), 1) if row.number > 1 else row.number
 
 
 def _resolve(arg: Any, spec: ModelSpec) -> Any:
@@ -229,6 +239,8 @@ def _construct(block: Block, args: list, spec: ModelSpec) -> nn.Module:
     if "act" in signature.parameters:
         act = given.get("act", True)
         given["act"] = spec.activation if act is True else activation_from_text(act) if isinstance(act, str) else act
+    if "join_act" in signature.parameters:
+        given["join_act"] = spec.csp_activation
     for name, value in given.items():
         if isinstance(value, str) and name != "mode":
             raise ValueError(f"{name} = {value!r} is text; the words known here are nc, anchors, None, True, False")
@@ -237,7 +249,7 @@ def _construct(block: Block, args: list, spec: ModelSpec) -> nn.Module:
 
 def _usage(signature: inspect.Signature) -> str:
     names = [p.name if p.default is p.empty else f"{p.name}={p.default}" for p in signature.parameters.values()]
-    return f"({', '.join(n for n in names if not n.startswith('act='))})"
+    return f"({', '.join(n for n in names if not n.startswith(('act=', 'join_act=')))})"
 
 
 def _first_line(error: Exception) -> str:

@@ -9,12 +9,8 @@ from __future__ import annotations
 
 import errno
 import random
-import struct
-import zipfile
-import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -23,26 +19,12 @@ from torch import Tensor
 
 from utils.errors import CheckpointError
 from utils.files import atomic_open
+from utils.pickle_records import Record, records, show
+from utils.torch_file import read_torch_file
 
 FORMAT = 1
 """Newest format that is read, and the one that is written."""
 
-# What zipfile and torch.load raise on damaged files (found by flipping bits; tests/learning/test_checkpoint.py).
-_DAMAGE = (
-    zipfile.BadZipFile,
-    zlib.error,
-    struct.error,
-    UnpicklingError,
-    EOFError,
-    LookupError,
-    NotImplementedError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-    AttributeError,
-    OverflowError,
-    AssertionError,
-)
 _HALF_MAX = torch.finfo(torch.float16).max
 
 
@@ -98,26 +80,18 @@ def save_checkpoint(
         raise _named(error, path) from None
 
 
-def read_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") -> Checkpoint:
-    """Read a checkpoint of this program; no code in the file is ever run.
+def read_checkpoint(path: str | Path) -> Checkpoint:
+    """Read a checkpoint of this program, tensors on the CPU; no code in the file is ever run.
 
     Raises CheckpointError, in one line, for a file that is missing, empty, cut short, damaged (checksums are
     compared), of another program, of a newer format, or that holds objects rather than plain data.
     """
-    path = Path(path)
-    _check_container(path)
-    try:
-        foreign = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
-        content = None if foreign else torch.load(path, map_location=map_location, weights_only=True)
-    except _DAMAGE as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
-        raise CheckpointError(f"{path}: not a checkpoint that can be read ({reason})") from None
-    if foreign:
-        raise CheckpointError(
-            f"{path}: holds pickled objects ({_list_names(foreign)}), not plain data, so it is not a checkpoint of "
-            f"this program; nothing in it was run"
-        )
-    return _checked(path, content)
+    return as_checkpoint(Path(path), read_torch_file(path))
+
+
+def is_own(content: Any) -> bool:
+    """Whether the content of a torch file looks like a checkpoint of this program, sound or not."""
+    return isinstance(content, dict) and {"format", "model", "meta"} <= content.keys()
 
 
 def strip_checkpoint(path: str | Path, output: str | Path | None = None) -> int:
@@ -153,43 +127,10 @@ def set_rng_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(saved.cpu(), index)
 
 
-def _check_container(path: Path) -> None:
-    """Raise CheckpointError unless ``path`` is a whole, undamaged zip archive that is no larger inside than outside."""
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            start = file.read(4)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file") from None
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
-    if size == 0:
-        raise CheckpointError(f"{path}: is empty")
-    broken = f"{path}: is damaged or cut short ({size:,} bytes); use another checkpoint, or start without --resume"
-    try:
-        if not zipfile.is_zipfile(path):
-            if start.startswith(b"PK"):
-                raise CheckpointError(broken)
-            raise CheckpointError(f"{path}: not a checkpoint of this program (not a file that torch.save wrote)")
-        with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-            if sum(entry.file_size for entry in entries) > size:  # torch.save does not compress
-                raise CheckpointError(f"{path}: not a checkpoint of this program (a compressed archive)")
-            if not any(entry.filename.endswith("/data.pkl") for entry in entries):
-                raise CheckpointError(f"{path}: not a checkpoint of this program (an archive of something else)")
-            if archive.testzip() is not None:
-                raise CheckpointError(broken)
-    except (*_DAMAGE, OSError):
-        raise CheckpointError(broken) from None
-
-
-def _checked(path: Path, content: Any) -> Checkpoint:
-    """The parts of a file's content, after checking their types."""
-    if not isinstance(content, dict) or not {"format", "model", "meta"} <= content.keys():
-        what = f"a {type(content).__name__}"
-        if isinstance(content, dict):
-            what = f"a dict of {', '.join(map(str, list(content)[:4]))}" + (", ..." if len(content) > 4 else "")
-        raise CheckpointError(f"{path}: not a checkpoint of this program (it holds {what})")
+def as_checkpoint(path: Path, content: Any) -> Checkpoint:
+    """The parts of a file's content, after checking their types. Raises CheckpointError."""
+    if not is_own(content):
+        raise CheckpointError(f"{path}: not a checkpoint of this program (it holds {_what(content)})")
     version = content["format"]
     if type(version) is int and version > FORMAT:
         raise CheckpointError(
@@ -204,15 +145,24 @@ def _checked(path: Path, content: Any) -> Checkpoint:
         and isinstance(meta, dict)
         and (train is None or isinstance(train, dict))
     )
-    if not sound:
-        raise CheckpointError(f"{path}: not a checkpoint of this program (its parts have unexpected types)")
+    foreign = next(records({"meta": meta, "train": train}), None)
+    if not sound or foreign is not None:
+        what = "its parts have unexpected types" if foreign is None else f"it holds an object, {show(foreign.name)}"
+        raise CheckpointError(f"{path}: not a checkpoint of this program ({what})")
     return Checkpoint(path, model, meta, train)
 
 
-def _list_names(names: list[str], most: int = 3) -> str:
-    """The most telling names first: those of torch itself last."""
-    names = sorted(set(names), key=lambda name: (name.startswith(("torch.", "numpy.", "collections.")), name))
-    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+def _what(content: Any) -> str:
+    if isinstance(content, dict):
+        keys = ", ".join(show(str(key)) for key in list(content)[:4]) + (", ..." if len(content) > 4 else "")
+        found = next(records(content), None)
+        what = f"a dict of {keys}"
+        if found is not None:
+            what += (
+                f"; an object of {show(found.name)} is in it: python -m models.convert turns YOLOv5's files into ours"
+            )
+        return what
+    return f"an object of {show(content.name)}" if isinstance(content, Record) else f"a {type(content).__name__}"
 
 
 def _plain(value: Any, where: str) -> Any:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import unicodedata
 
 _RESERVED = {"con", "prn", "aux", "nul", *(f"com{i}" for i in range(10)), *(f"lpt{i}" for i in range(10))}
+MAX_STEM_BYTES = 220
 MAX_NAME_BYTES = 120  # file systems allow 255; room is left for numbers and suffixes
 
 
@@ -39,7 +41,10 @@ class UniqueNames:
         self._last: dict[str, int] = {}
 
     def take(self, name: str) -> str:
-        """``name`` or the next free numbered form of it."""
+        """``name`` or the next free numbered form of it. ``name`` is a file's stem: its end is cut where numbers and
+        a suffix would find no room in the 255 bytes that file systems allow."""
+        while len(os.fsencode(name)) > MAX_STEM_BYTES:
+            name = name[:-1]
         key, number, found = name.casefold(), self._last.get(name.casefold(), 0), ""
         while not found or found.casefold() in self._taken:
             number += 1

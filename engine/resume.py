@@ -2,50 +2,72 @@
 
 from __future__ import annotations
 
+import os
+import socket
 from pathlib import Path
 from typing import Any
 
 from utils.errors import CheckpointError, ConfigError
-from utils.files import load_yaml
+from utils.files import load_yaml, refuse_links
 
 # What may differ from the interrupted run without changing what it computes (but for the rounding of another kernel).
 MAY_CHANGE = frozenset(
     {"epochs", "device", "workers", "cache", "patience", "nosave", "noval", "noplots", "save_period", "resume", "debug"}
-    | {"dcn_backend"}
+    | {"dcn_backend", "keep", "on_nan"}
 )
 
 
 def find_last_checkpoint(request: str, below: Path = Path(".")) -> Path:
     """The last.pt that ``--resume [PATH]`` means: a file, a run's folder, or ('auto') the newest below ``below``/runs.
 
-    Raises CheckpointError when there is none.
+    A run that was killed before its first checkpoint counts: the path is then of a file that is not there yet, in a
+    run that can be started again. Raises CheckpointError when there is none.
     """
     if request == "auto":
-        found = sorted((below / "runs").glob("**/last.pt"), key=lambda p: p.stat().st_mtime)
+        runs = {path.parent for path in (below / "runs").glob("**/opt.yaml")}
+        runs |= {path.parent.parent for path in (below / "runs").glob("**/weights/last.pt")}
+        found = sorted(_last_of(run) for run in runs if (run / "weights").is_dir())
         if not found:
             raise CheckpointError(
                 "--resume: no last.pt below runs/; give its path: --resume runs/train/exp/weights/last.pt"
             )
-        return found[-1]
+        return max(found, key=_age)
     path = Path(request)
     if path.is_dir():
         path = path / "weights" / "last.pt"
-    if not path.is_file():
+    if not path.is_file() and not _can_start_again(path):
         raise CheckpointError(f"--resume {request}: no such checkpoint (expected a run's weights/last.pt)")
     return path
+
+
+def _last_of(run: Path) -> Path:
+    return run / "weights" / "last.pt"
+
+
+def _age(last: Path) -> float:
+    return (last if last.is_file() else last.parent.parent / "opt.yaml").stat().st_mtime
+
+
+def _can_start_again(last: Path) -> bool:
+    """Whether a last.pt is missing because no epoch was completed: the run wrote down all that repeats it."""
+    run = last.parent.parent
+    return last.name == "last.pt" and all((run / name).is_file() for name in ("opt.yaml", "hyp.yaml"))
 
 
 def resumed_settings(settings: dict[str, Any], given: set[str]) -> dict[str, Any]:
     """The interrupted run's flags, from its opt.yaml, with those of ``given`` that may change put on top.
 
     ``settings``: flags as parsed now; ``given``: names really on the command line. Raises ConfigError when a flag
-    that would change the computation is given with another value, CheckpointError when the run's files are missing.
+    that would change the computation is given with another value, CheckpointError when the run's files are missing,
+    ResourceError for links that lead out of its folder. A run that was killed before its first checkpoint starts again,
+    in its own folder.
     """
     last = find_last_checkpoint(settings["resume"])
     run_dir = last.resolve().parent.parent
     for needed in ("opt.yaml", "hyp.yaml"):
         if not (run_dir / needed).is_file():
             raise CheckpointError(f"--resume {last}: {run_dir / needed} is missing; start anew with --weights {last}")
+    refuse_links(run_dir)
     options = load_yaml(run_dir / "opt.yaml")
     stored = {k: v for k, v in options.items() if k in settings}
     for name, value in stored.items():
@@ -58,7 +80,41 @@ def resumed_settings(settings: dict[str, Any], given: set[str]) -> dict[str, Any
                 f"leave it out, or start anew with --weights {last}"
             )
     changed = {name: settings[name] for name in given & MAY_CHANGE}
-    return {**settings, **stored, **changed, "hyp": str(run_dir / "hyp.yaml"), "resume": str(last)}
+    settings = {**settings, **stored, **changed, "hyp": str(run_dir / "hyp.yaml"), "resume": str(last)}
+    if not last.is_file():
+        settings |= {"resume": "", "project": str(run_dir.parent), "name": run_dir.name, "exist_ok": True}
+    return settings
+
+
+def torchrun_job() -> dict[str, str]:
+    """Who started this process, for opt.yaml: torchrun's run id and the agent on this machine; empty without it."""
+    run_id = os.environ.get("TORCHELASTIC_RUN_ID")
+    if run_id is None:
+        return {}
+    import psutil
+
+    agent = psutil.Process(os.getppid())
+    return {"run_id": run_id, "agent": f"{socket.gethostname()} {agent.pid} {agent.create_time():.0f}"}
+
+
+def run_to_take_up(project: str) -> str:
+    """The run of this torchrun job that an elastic restart should go on with: its folder below ``project``, or ''.
+
+    A run is this job's when the same agent process started it, or (on another machine, after a restart) a job of the
+    same --rdzv-id.
+    """
+    job = torchrun_job()
+    if not job:
+        return ""
+    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and job["run_id"] not in ("", "none")
+    found = []
+    for options in Path(project).glob("*/opt.yaml"):
+        theirs = load_yaml(options).get("torchrun")
+        if isinstance(theirs, dict) and (
+            theirs.get("agent") == job["agent"] or (restarted and theirs.get("run_id") == job["run_id"])
+        ):
+            found.append(options)
+    return str(max(found, key=lambda path: path.stat().st_mtime).parent) if found else ""
 
 
 def _same_kind(value: Any, flag: Any) -> bool:

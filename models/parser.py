@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from models.activations import activation_from_text
@@ -52,6 +53,7 @@ class Layer:
 
 
 MAX_BLOCKS = 3000
+MAX_NUMBER = 4096
 """Of a whole model, repeats included: descriptions come with checkpoints, so from strangers; yolov5x6 has 150."""
 
 
@@ -151,16 +153,27 @@ LAYERS: dict[str, Block] = {
 """Every name that a row may use."""
 
 
+MAX_PARAMETERS = 1_000_000_000  # 4 GB; YOLOv5's largest model has 141 million
+
+
 def parse_model(spec: ModelSpec) -> tuple[nn.Sequential, list[Layer]]:
     """Build the layers of a description, in order.
 
     Each module carries ``i`` (index), ``f`` (from, as written), ``type`` (dotted class name) and ``np`` (parameters).
-    Raises ConfigError with file and line for a row that cannot be built, and when the last row is not Detect.
+    Raises ConfigError with file and line for a row that cannot be built, when the last row is not Detect, and for more
+    than MAX_PARAMETERS.
     """
     if sum(_repeats(spec, row) for row in spec.rows) > MAX_BLOCKS:
         raise ConfigError(f"{spec.rows[0].where}: more than {MAX_BLOCKS:,} blocks in all, repeats included")
+    with torch.device("meta"):  # first without memory: a line of YAML may ask for more than there is
+        _build_rows(spec)
+    return _build_rows(spec)
+
+
+def _build_rows(spec: ModelSpec) -> tuple[nn.Sequential, list[Layer]]:
     modules: list[nn.Module] = []
     layers: list[Layer] = []
+    parameters = 0
     channels: list[int] = []
     for index, row in enumerate(spec.rows):
         if (row.block == "Detect") != (index == len(spec.rows) - 1):
@@ -173,6 +186,9 @@ def parse_model(spec: ModelSpec) -> tuple[nn.Sequential, list[Layer]]:
         except (TypeError, ValueError, RuntimeError, AssertionError, ArithmeticError) as error:
             # Constructors of torch and of ours raise these for arguments that make no layer.
             raise ConfigError(f"{row.where}: {row.block}: {_first_line(error)}") from error
+        parameters += module.np
+        if parameters > MAX_PARAMETERS:
+            raise ConfigError(f"{row.where}: {row.block}: the model has more than {MAX_PARAMETERS:,} parameters")
         modules.append(module)
         layers.append(layer)
         channels.append(c_out)
@@ -203,6 +219,8 @@ def _build(spec: ModelSpec, row: Row, index: int, inputs: tuple, c_in: list[int]
         raise ValueError(f"the number must be 1, got {row.number}")
     if repeats > MAX_REPEATS:
         raise ValueError(f"{repeats} repeats; {MAX_REPEATS} are allowed")
+    if any(isinstance(a, int) and a > MAX_NUMBER for a in row.args[1:]):  # layers of a transformer, say
+        raise ValueError(f"an argument after the first is more than {MAX_NUMBER}")
     args, c_out = block.rule(spec, c_in, [_resolve(a, spec) for a in row.args])
     if block.takes_repeats:
         args.insert(2, repeats)

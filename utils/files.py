@@ -183,6 +183,7 @@ def new_run_dir(project: str | Path, name: str, exist_ok: bool = False) -> Path:
         project.mkdir(parents=True, exist_ok=True)
         if exist_ok:
             (project / name).mkdir(exist_ok=True)
+            refuse_links(project / name)
             return project / name
         number = 1
         while True:
@@ -194,6 +195,16 @@ def new_run_dir(project: str | Path, name: str, exist_ok: bool = False) -> Path:
                 number += 1
     except OSError as error:
         raise ResourceError(f"{project / name}: cannot make this folder ({error.strerror}); use --project") from None
+
+
+def refuse_links(run_dir: Path) -> None:
+    """Raise ResourceError for a link in a run's folder that leads out of it: a run that writes there again would
+    replace what it points to. (The folder itself may be a link.)"""
+    inside = os.path.join(os.path.realpath(run_dir), "")
+    for pattern in ("*", "*/*", "*/*/*"):
+        for path in run_dir.glob(pattern):
+            if path.is_symlink() and not os.path.realpath(path).startswith(inside):
+                raise ResourceError(f"{path}: a link out of the run's folder; remove it or use another --name")
 
 
 def find_file(name: str | Path, folders: tuple[str, ...] = ("data", "models")) -> Path | None:

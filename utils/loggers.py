@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -41,12 +39,25 @@ def results_row(epoch: int, values: Mapping[str, float]) -> str:
 
 
 def read_results(path: Path) -> dict[str, list[float]]:
-    """results.csv as {column name without blanks: values}; empty when there is no file."""
+    """results.csv as {column name without blanks: values}; empty when there is no file. Rows that are not numbers, as
+    many as there are columns, are left out."""
+    lines = _lines(path)
+    names = [name.strip() for name in lines[0].split(",")] if lines else []
+    rows = [row for line in lines[1:] if len(row := _numbers(line)) == len(names)]
+    return {name: [row[i] for row in rows] for i, name in enumerate(names)}
+
+
+def _lines(path: Path) -> list[str]:
     if not path.is_file():
-        return {}
-    rows = list(csv.reader(io.StringIO(path.read_text(encoding="utf-8")), skipinitialspace=True))
-    names = [name.strip() for name in rows[0]]
-    return {name: [float(row[i]) for row in rows[1:] if len(row) == len(names)] for i, name in enumerate(names)}
+        return []
+    return path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+
+
+def _numbers(line: str) -> list[float]:
+    try:
+        return [float(cell) for cell in line.split(",")]
+    except ValueError:
+        return []
 
 
 class RunLogger:
@@ -59,9 +70,9 @@ class RunLogger:
     def __init__(self, run_dir: Path, first_epoch: int = 0) -> None:
         self.csv = run_dir / "results.csv"
         kept = []
-        if first_epoch and self.csv.is_file():
-            lines = self.csv.read_text(encoding="utf-8").splitlines(keepends=True)[1:]
-            kept = [line for line in lines if line.endswith("\n") and int(line.split(",", 1)[0]) < first_epoch]
+        if first_epoch:
+            rows = [(line, _numbers(line)) for line in _lines(self.csv)[1:] if line.endswith("\n")]
+            kept = [line for line, row in rows if len(row) == 1 + len(COLUMNS) and row[0] < first_epoch]
         atomic_write(self.csv, results_header() + "".join(kept))
         self._writer = _tensorboard_writer(run_dir)
 

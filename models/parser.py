@@ -53,7 +53,6 @@ class Layer:
 
 
 MAX_BLOCKS = 3000
-MAX_NUMBER = 4096
 """Of a whole model, repeats included: descriptions come with checkpoints, so from strangers; yolov5x6 has 150."""
 
 
@@ -153,6 +152,7 @@ LAYERS: dict[str, Block] = {
 """Every name that a row may use."""
 
 
+MAX_NUMBER = 4096
 MAX_PARAMETERS = 1_000_000_000  # 4 GB; YOLOv5's largest model has 141 million
 
 

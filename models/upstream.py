@@ -46,8 +46,11 @@ def read_weights(path: str | Path) -> Checkpoint:
     A state dict without a description gives a Checkpoint whose ``meta`` has no yaml. Raises CheckpointError, in one
     line, for what cannot be read or holds no detector.
     """
-    path = Path(path)
-    content = read_torch_file(path)
+    return from_content(Path(path), read_torch_file(path))
+
+
+def from_content(path: Path, content: Any) -> Checkpoint:
+    """The same from what :func:`utils.torch_file.read_torch_file` returned for ``path``."""
     if is_own(content):
         return as_checkpoint(path, content)
     if isinstance(content, Record):

@@ -129,10 +129,10 @@ class TarFile:
     def _storages(self, data: bytes) -> None:
         count, at = self._count(data)
         for _ in range(count):
-            described, at = read_pickle(data, start=at, budget=self.budget)
-            if not isinstance(described, tuple) or len(described) != 3:
+            entry, at = read_pickle(data, start=at, budget=self.budget)
+            if not isinstance(entry, tuple) or len(entry) != 3:
                 raise damaged(self.size)
-            key, location, kind = described
+            key, location, kind = entry
             dtype, key, _ = described(("storage", kind, key, location, 0))
             (length,), at = self._unpack("<q", data, at)
             end = at + length * dtype.itemsize
@@ -149,12 +149,12 @@ class TarFile:
     def _tensors(self, data: bytes, tensors: Tensors) -> None:
         count, at = self._count(data)
         for _ in range(count):
-            described, at = read_pickle(data, start=at, budget=self.budget)
-            if not isinstance(described, tuple) or len(described) != 3:
+            entry, at = read_pickle(data, start=at, budget=self.budget)
+            if not isinstance(entry, tuple) or len(entry) != 3:
                 raise damaged(self.size)
             (dims, _), at = self._unpack("<ii", data, at)
             if not 0 <= dims <= 16:
                 raise damaged(self.size)
             numbers, at = self._unpack(f"<{2 * dims + 1}q", data, at)
-            args = (self._object(described[1]), numbers[-1], numbers[:dims], numbers[dims:-1])
-            self.objects[key_of(described[0])] = tensors.tensor(args, self.budget)
+            args = (self._object(entry[1]), numbers[-1], numbers[:dims], numbers[dims:-1])
+            self.objects[key_of(entry[0])] = tensors.tensor(args, self.budget)

@@ -4,7 +4,7 @@ VENV   ?= .venv
 PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 
-.PHONY: setup demo test test-gpu lint format bench clean
+.PHONY: setup demo test test-gpu lint format bench fuzz clean
 
 setup: $(STAMP)
 
@@ -35,6 +35,14 @@ bench: setup
 	$(PY) -m benchmarks.dataloader
 	$(PY) -m benchmarks.nms
 	$(PY) -m benchmarks.inference_cpu
+
+# libpng and libjpeg speak of every damaged picture: not our lines
+fuzz: setup
+	$(PY) -m scripts.fuzz labels --inputs 100000
+	$(PY) -m scripts.fuzz checkpoint --inputs 100000
+	$(PY) -m scripts.fuzz yaml --inputs 20000
+	$(PY) -W ignore -m scripts.fuzz images --inputs 100000 2>/dev/null
+	$(PY) -m scripts.fuzz caches --inputs 20000
 
 clean:
 	rm -rf runs .pytest_cache .ruff_cache

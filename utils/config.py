@@ -195,7 +195,7 @@ class DataConfig:
         for key in ("train", "val", "names"):
             if data.get(key) in (None, "", [], {}):
                 raise DataError(f"{found}: '{key}:' is missing{_dataset_key_hint(key, data)}")
-        names, notes = _read_names(data)
+        names, notes = read_names(data)
         if single_cls:
             names = {0: names[0] if len(names) == 1 else "item"}
         root = _dataset_root(data)
@@ -219,7 +219,7 @@ def _dataset_key_hint(key: str, data: dict) -> str:
     )
 
 
-def _read_names(data: YamlFile) -> tuple[dict[int, str], list[str]]:
+def read_names(data: YamlFile) -> tuple[dict[int, str], list[str]]:
     raw, notes = data["names"], []
     if isinstance(raw, str):
         raw = [raw]
@@ -348,6 +348,8 @@ class TrainConfig:
     patience: int = 100
     freeze: tuple[int, ...] = (0,)
     save_period: int = -1
+    keep: int = 0
+    on_nan: str = "stop"
     seed: int = 0
     amp: str = "auto"
     deterministic: bool = False
@@ -367,6 +369,12 @@ class TrainConfig:
             ),
             (self.imgsz >= 32, f"--imgsz {self.imgsz}: at least 32 pixels"),
             (0 <= self.seed < 2**63, f"--seed {self.seed}: a whole number from 0 up, below 2**63"),
+            (self.keep >= 0, f"--keep {self.keep}: 0 (all) or more checkpoints of --save-period"),
+            (self.on_nan in ("stop", "rollback"), f"--on-nan {self.on_nan}: choose one of stop, rollback"),
+            (
+                not (self.on_nan == "rollback" and self.nosave),
+                "--on-nan rollback needs the checkpoints that --nosave leaves out: leave out one of them",
+            ),
             (self.workers >= 0, f"--workers {self.workers}: 0 or more"),
             (self.patience >= 0, f"--patience {self.patience}: 0 (never stop early) or more"),
             (0 <= self.label_smoothing < 1, f"--label-smoothing {self.label_smoothing}: between 0 and 1"),

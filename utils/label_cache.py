@@ -229,13 +229,13 @@ def _read_first(caches: list[Path], nc: int | None) -> tuple[dict[str, Entry], P
     for cache in caches:
         if cache.is_file():
             try:
-                return _read_cache(cache, nc), cache
+                return read_cache(cache, nc), cache
             except NPZ_DAMAGE as error:
                 LOGGER.warning(f"{cache}: damaged or of another version ({error}); scanning again")
     return {}, None
 
 
-def _read_cache(cache: Path, nc: int | None) -> dict[str, Entry]:
+def read_cache(cache: Path, nc: int | None) -> dict[str, Entry]:
     """Entries by path that may be trusted: not those whose files changed just before the scan."""
     arrays = read_npz(cache, _KINDS)
     meta = json.loads(arrays["meta"].tobytes())

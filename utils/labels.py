@@ -65,9 +65,16 @@ def read_labels(path: str | Path, nc: int | None = None) -> LabelFile:
             raise DataError(f"{path}: cannot be read (not a file)")
         if status.st_size > MAX_BYTES:
             raise DataError(f"{path}: larger than {MAX_BYTES // 1_000_000} MB, no label file")
-        text = Path(path).read_bytes().decode("utf-8-sig")
+        data = Path(path).read_bytes()
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+    return decode_labels(data, path, nc)
+
+
+def decode_labels(data: bytes, path: str | Path, nc: int | None = None) -> LabelFile:
+    """:func:`read_labels` of the bytes of ``path``."""
+    try:
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError:
         raise DataError(f"{path}: not a text file in UTF-8; save it again as plain text") from None
     result = parse_labels(text, nc)

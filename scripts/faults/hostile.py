@@ -187,6 +187,11 @@ YAML += [
         "parameters",
     ),
     Hostile(
+        "model: a thousand million layers in a row",
+        _model(lambda t: t.replace("Conv, [64, 6, 2, 2]", "TransformerBlock, [64, 4, 1000000000]")),
+        "more than 4096",
+    ),
+    Hostile(
         "model: eval in a row",
         _model(lambda t: t.replace("Conv, [64", "__import__('os').system, [64")),
         "unknown|no block|layer",

@@ -1,0 +1,63 @@
+"""Label caches: a mutated .npz is either what a scan could have written, or scanned anew."""
+
+from __future__ import annotations
+
+import random
+import tempfile
+from pathlib import Path
+
+from scripts.faults.hostile import bad_caches, dataset
+from scripts.fuzz.fuzz_labels import check_result
+from scripts.fuzz.rounds import Counts, mutate, run_round
+from utils.errors import DataError
+from utils.label_cache import read_cache, scan_labels
+from utils.npz import NPZ_DAMAGE
+
+WORDS = [
+    b"\xff" * 8,
+    bytes(8),
+    b"PK\x03\x04",
+    b"PK\x05\x06",
+    b"PK\x01\x02",
+    b"\x93NUMPY",
+    b"'|O'",
+    b"'<f8'",
+    b"'<U9'",
+    b"(-1,)",
+]
+WORDS += [
+    b"(9223372036854775807,)",
+    b"True",
+    b"cos\nsystem\n",
+    b"[" * 50,
+    b"null",
+    b"-1",
+    b'"',
+    b"NaN",
+    b"\x01",
+    b"\x80\x7f",
+]
+
+
+def run(inputs: int, seed: int) -> Counts:
+    """Read ``inputs`` mutated caches."""
+    with tempfile.TemporaryDirectory() as folder:
+        data = dataset(Path(folder))
+        scan_labels(data.parent / "images" / "train", 6, show=False)
+        corpus = [(data.parent / "labels" / "train.cache.npz").read_bytes()]
+        corpus += [c for c in bad_caches(Path(folder)).values() if len(c) < 100_000]
+        file = Path(folder) / "fuzz.npz"
+
+        def make(rng: random.Random) -> bytes:
+            return mutate(rng, corpus, WORDS)
+
+        def attempt(content: bytes) -> None:
+            file.write_bytes(content)
+            try:
+                entries = read_cache(file, 6)
+            except NPZ_DAMAGE as error:
+                raise DataError(f"{type(error).__name__}") from None
+            for entry in entries.values():
+                check_result(entry.labels, 6) if not entry.faults and not entry.labels.clipped else None
+
+        return run_round(make, attempt, inputs, seed)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from models.ensemble import Ensemble
-from models.parser import parse_model
+from models.parser import described_values
 from models.spec import read_spec
 from models.surgery import fuse as fuse_norms
 from models.upstream import Upstream, differences, read_weights
@@ -147,9 +147,8 @@ def build_described(
 
 def _check_size(checkpoint: Checkpoint, description: dict) -> None:
     """The description is text of the file: a few words of it could ask for all memory. Counted without allocating."""
-    with torch.device("meta"):
-        layers, _ = parse_model(read_spec(description))
-    described, held = (sum(t.numel() for t in state.values()) for state in (layers.state_dict(), checkpoint.model))
+    described = described_values(read_spec(description))
+    held = sum(value.numel() for value in checkpoint.model.values())
     if described > 2 * held + 1_000_000:
         raise CheckpointError(
             f"{checkpoint.path}: describes a model of {described:,} values but holds {held:,}; it does not fit itself"

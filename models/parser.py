@@ -165,9 +165,16 @@ def parse_model(spec: ModelSpec) -> tuple[nn.Sequential, list[Layer]]:
     """
     if sum(_repeats(spec, row) for row in spec.rows) > MAX_BLOCKS:
         raise ConfigError(f"{spec.rows[0].where}: more than {MAX_BLOCKS:,} blocks in all, repeats included")
-    with torch.device("meta"):  # first without memory: a line of YAML may ask for more than there is
-        _build_rows(spec)
+    described_values(spec)
     return _build_rows(spec)
+
+
+def described_values(spec: ModelSpec) -> int:
+    """How many values the state dict of a described model holds, found without memory for them: a line of YAML may ask
+    for more than there is. Raises what :func:`parse_model` raises."""
+    with torch.device("meta"):
+        model, _ = _build_rows(spec)
+    return sum(value.numel() for value in model.state_dict().values())
 
 
 def _build_rows(spec: ModelSpec) -> tuple[nn.Sequential, list[Layer]]:

@@ -21,13 +21,13 @@ from typing import Any
 
 from utils.safe_names import printable
 
-MAX_WORK = 3_000_000
-"""Instructions and what calls cost. The largest checkpoints of YOLOv5 with optimizer state need a tenth of it."""
+MAX_WORK = 2_000_000
+"""Instructions and what calls cost. The largest checkpoints of YOLOv5 with optimizer state need a tenth."""
 MAX_TREE = 4_000_000
 MAX_DEPTH = 200
 MAX_LONG_BYTES = 64
 MAX_LINE = 10_000
-BYTES_PER_WORK = 256
+BYTES_PER_WORK = 32
 
 
 class Refused(Exception):
@@ -134,13 +134,11 @@ class _Machine:
     def counted(self, layout: str) -> bytes:
         return self.take(self.number(layout))
 
-    def line(self) -> str:
+    def line(self, encoding: str = "utf-8") -> str:
         end = self.data.find(b"\n", self.at, self.at + MAX_LINE)
         if end < 0:
             raise Refused("damaged: a line without end")
-        text = self.take(end - self.at).decode("utf-8", "replace")
-        self.at += 1
-        return text
+        return self.take(end + 1 - self.at)[:-1].decode(encoding, "replace")
 
     def push(self, value: Any) -> None:
         self.stack.append(value)
@@ -344,7 +342,7 @@ STEPS: dict[bytes, Callable[[_Machine], Any]] = {
     pickle.LONG: lambda m: m.push(_text_number(m.line())),
     pickle.FLOAT: lambda m: m.push(float(m.line())),
     pickle.STRING: lambda m: m.push(_quoted(m.line())),
-    pickle.UNICODE: lambda m: m.push(m.line()),
+    pickle.UNICODE: lambda m: m.push(m.line("raw-unicode-escape")),
     pickle.BINSTRING: lambda m: m.push(_text(m.counted("<i"))),
     pickle.SHORT_BINSTRING: lambda m: m.push(_text(m.counted("<B"))),
     pickle.BINUNICODE: lambda m: m.push(_text(m.counted("<I"))),

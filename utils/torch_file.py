@@ -32,6 +32,8 @@ def read_torch_file(path: str | Path) -> Any:
     """
     path = Path(path)
     try:
+        if path.exists() and not path.is_file() and not path.is_dir():  # a pipe would be waited for, /dev/zero not end
+            raise Refused("cannot be read (not a file)")
         with path.open("rb") as file:
             return read_torch_stream(file)
     except Refused as error:

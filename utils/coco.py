@@ -21,6 +21,8 @@ _COCO_GAPS = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
 COCO_CATEGORY_IDS = tuple(number for number in range(1, 91) if number not in _COCO_GAPS)
 """Category number of each of COCO's 80 classes in the order of coco.yaml."""
 
+MAX_JSON_BYTES = 1_000_000_000  # COCO's own, with all outlines, is 20 MB for val and 450 MB for train
+
 STATS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
 STATS += ("AR1", "AR10", "AR100", "AR_small", "AR_medium", "AR_large")
 
@@ -77,12 +79,38 @@ def ground_truth(
 def load_annotations(path: str | Path) -> dict[str, Any]:
     """Read a COCO annotation file. Raises DataError when it is not one."""
     try:
+        if Path(path).stat().st_size > MAX_JSON_BYTES:
+            raise ValueError(f"larger than {MAX_JSON_BYTES // 1_000_000:,} MB")
         data = json.loads(Path(path).read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: not a COCO annotation file ({error})") from None
     if not isinstance(data, dict) or not {"images", "annotations", "categories"} <= data.keys():
         raise DataError(f"{path}: not a COCO annotation file (it needs images, annotations and categories)")
+    if fault := _annotation_fault(data):
+        raise DataError(f"{path}: not a COCO annotation file ({fault})")
     return data
+
+
+def _annotation_fault(data: dict[str, Any]) -> str | None:
+    """What the evaluation, which is compiled code, would stumble over; None when there is nothing."""
+    for part in ("images", "annotations", "categories"):
+        if not isinstance(data[part], list) or not all(isinstance(entry, dict) for entry in data[part]):
+            return f"{part} is no list of entries"
+    images, categories = ([entry.get("id") for entry in data[part]] for part in ("images", "categories"))
+    if not all(type(i) in (int, str) for i in images) or not all(type(i) is int for i in categories):
+        return "an image or category without a plain id"
+    known, kinds = set(images), set(categories)
+    for number, entry in enumerate(data["annotations"]):
+        box = entry.get("bbox")
+        numbers = [*box, entry.get("area")] if isinstance(box, list) and len(box) == 4 else [None]
+        if not all(type(n) in (int, float) and abs(n) < 1e9 for n in numbers):
+            return f"annotation {number} has no box of four numbers with an area"
+        image, kind = entry.get("image_id"), entry.get("category_id")
+        if type(image) not in (int, str) or image not in known or type(kind) is not int or kind not in kinds:
+            return f"annotation {number} is of an image or category that is not listed"
+        if entry.get("iscrowd", 0) not in (0, 1):
+            return f"annotation {number}: iscrowd is neither 0 nor 1"
+    return None
 
 
 def evaluate_coco(truth: Mapping[str, Any], detections: Sequence[Mapping[str, Any]]) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from pathlib import Path
@@ -10,6 +11,7 @@ import cv2
 import numpy as np
 import pytest
 
+from utils.coco import load_annotations
 from utils.console import LOGGER, setup_console
 from utils.curves import plot_confidence_curve, plot_confusion_matrix, plot_labels
 from utils.errors import ConfigError, DataError, ResourceError, SourceError, UserError, run_cli
@@ -187,3 +189,33 @@ def test_damaged_results_csv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert (tmp_path / "results.csv").read_text() == results_header() + rows[0] + rows[1]
     (tmp_path / "results.csv").write_bytes(b"")
     assert read_results(tmp_path / "results.csv") == {}
+
+
+GOOD = {"id": 1, "image_id": "a", "category_id": 0, "bbox": [1, 2, 3, 4], "area": 12.0, "iscrowd": 0}
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("[" * 100_000, "recursion"),
+        ('{"images": 5, "annotations": [], "categories": []}', "images is no list"),
+        ('{"images": [{"id": [1]}], "annotations": [], "categories": []}', "plain id"),
+        (GOOD | {"bbox": "abcd"}, "annotation 0 has no box"),
+        (GOOD | {"area": float("nan")}, "annotation 0 has no box"),
+        (GOOD | {"image_id": "b"}, "annotation 0 is of an image"),
+        (GOOD | {"category_id": True}, "annotation 0 is of an image"),
+        (GOOD | {"iscrowd": "x"}, "iscrowd"),
+    ],
+)
+def test_annotation_files_are_checked(tmp_path: Path, text: str | dict, reason: str) -> None:
+    if isinstance(text, dict):
+        text = json.dumps({"images": [{"id": "a"}], "annotations": [text], "categories": [{"id": 0}]})
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(DataError, match=f"not a COCO annotation file .*{reason}"):
+        load_annotations(tmp_path / "a.json")
+
+
+def test_good_annotations_are_read(tmp_path: Path) -> None:
+    content = {"images": [{"id": "a"}], "annotations": [GOOD], "categories": [{"id": 0}]}
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    assert load_annotations(tmp_path / "a.json") == content

@@ -12,6 +12,7 @@ This file is the command line; the training itself is engine/trainer.py.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -157,6 +158,16 @@ def _add_saving_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--noval", action="store_true", help="validate only after the last epoch")
     group.add_argument("--noplots", action="store_true", help="draw no pictures")
     group.add_argument("--save-period", type=int, default=-1, metavar="N", help="also keep epochN.pt every N epochs")
+    group.add_argument(
+        "--keep", type=int, default=0, metavar="N", help="of those, keep the newest N only; 0 keeps all (default)"
+    )
+    group.add_argument(
+        "--on-nan",
+        choices=["stop", "rollback"],
+        default="stop",
+        help="when the loss is NaN or infinite: stop (default), or go back to the last checkpoint with a tenth of the "
+        "learning rate, three times at most; either says at which step and in which layer it began",
+    )
 
 
 NOT_SETTINGS = {"check_data", "debug", "local_rank"}
@@ -167,7 +178,11 @@ def main(argv: Sequence[str]) -> int:
     parser = build_parser()
     args = parser.parse_args(argv)
     settings = {k: v for k, v in vars(args).items() if k not in NOT_SETTINGS}
-    if args.resume:
+    if not args.resume and "TORCHELASTIC_RUN_ID" in os.environ:
+        from engine.resume import run_to_take_up
+
+        settings["resume"] = run_to_take_up(args.project)  # torchrun started us anew: a process or a machine was lost
+    if settings["resume"]:
         from engine.resume import resumed_settings
 
         settings = resumed_settings(settings, parser.given(argv))

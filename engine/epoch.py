@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,19 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine.diagnosis import MEMORY_SIGNS, diverged, out_of_memory
 from utils.console import LOGGER, progress
 from utils.device import memory_gb, to_network_input
 from utils.dist import World
 from utils.ema import ModelEMA
-from utils.errors import ResourceError, UserError
 from utils.loss import DetectionLoss, LossParts
 from utils.schedule import Schedule
 
 HEADER = ("Epoch", "GPU_mem", "box_loss", "obj_loss", "cls_loss", "Instances", "Size", "img/s")
-
-
-class TrainingDiverged(UserError):
-    """The loss is no longer a finite number."""
 
 
 @dataclass
@@ -68,23 +64,38 @@ class Learner:
 
 
 @dataclass(frozen=True)
+class PartialEpoch:
+    """How far an epoch got: batches done, and the sums of their losses (box, obj, cls). Between two optimizer steps
+    gradients are waiting, so it is always just after one."""
+
+    batches: int
+    losses: list[float]
+
+
+@dataclass(frozen=True)
 class EpochResult:
     """Mean losses (box, obj, cls), learning rates by role at the last step, images per second over all ranks."""
 
     losses: Tensor
     lr: dict[str, float]
     images_per_second: float
+    done: PartialEpoch
+    unfinished: bool = False
 
 
 def resize_batch(images: Tensor, rng: np.random.Generator, imgsz: int, stride: int) -> Tensor:
     """Multi-scale training: the batch resized so that its longer side is a random multiple of ``stride`` within
     0.5 to 1.5 times ``imgsz``; sides are rounded up to the stride, bilinear."""
-    size = int(rng.integers(int(imgsz * 0.5), int(imgsz * 1.5) + stride)) // stride * stride
+    size = _draw_size(rng, imgsz, stride)
     factor = size / max(images.shape[2:])
     if factor == 1:
         return images
     shape = [math.ceil(side * factor / stride) * stride for side in images.shape[2:]]
     return F.interpolate(images, size=shape, mode="bilinear", align_corners=False)
+
+
+def _draw_size(rng: np.random.Generator, imgsz: int, stride: int) -> int:
+    return int(rng.integers(int(imgsz * 0.5), int(imgsz * 1.5) + stride)) // stride * stride
 
 
 @dataclass(frozen=True)
@@ -97,53 +108,75 @@ class MultiScale:
 
 
 def train_one_epoch(
-    learner: Learner, loader: Iterable, epoch: int, epochs: int, multi_scale: MultiScale | None = None
+    learner: Learner,
+    loader: Iterable,
+    epoch: int,
+    epochs: int,
+    multi_scale: MultiScale | None = None,
+    done: PartialEpoch | None = None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> EpochResult:
-    """Run all batches of one epoch. ``loader`` yields utils.dataloaders.Batch and has a length.
+    """Run all batches of one epoch. ``loader`` yields utils.dataloaders.Batch and has a length, that of a whole epoch.
+
+    ``done``: the part that an interrupted run did, after which the loader begins. ``stop``: asked after each optimizer
+    step; when it says so the result is ``unfinished``.
 
     Raises TrainingDiverged when the loss stops being finite, ResourceError when memory runs out. Gradients left
     over at the end (fewer batches than the accumulation asks for) are dropped, as users' schedules assume.
     """
     learner.model.train()
     learner.optimizer.zero_grad(set_to_none=True)
+    first = done.batches if done else 0
     rng = np.random.default_rng((multi_scale.seed, epoch)) if multi_scale else None
-    meter = _Meter(learner, epoch, epochs, len(loader))
-    bar = progress(loader, total=len(loader), enabled=learner.world.main)
-    count = size = 0
+    for _ in range(first if multi_scale else 0):
+        _draw_size(rng, multi_scale.imgsz, multi_scale.stride)
+    meter = _Meter(learner, epoch, epochs, len(loader), done)
+    bar = progress(loader, total=len(loader) - first, enabled=learner.world.main)
+    images, unfinished = None, False
+    settings = learner.schedule.at(epoch, max(first - 1, 0))
     try:
-        for index, batch in enumerate(bar):
+        for index, batch in enumerate(bar, first):
             settings = learner.schedule.at(epoch, index)
             learner.schedule.apply(learner.optimizer, settings)
             images = to_network_input(batch.images, learner.device)
             if multi_scale:
                 images = resize_batch(images, rng, multi_scale.imgsz, multi_scale.stride)
-            count, size = images.shape[0], images.shape[-1]
             parts = learner.backward(images, batch.targets.to(learner.device, non_blocking=True))
             if settings.optimizer_step:
                 learner.step()
-            text = meter.add(parts, batch, size)
+            text = meter.add(parts, batch, images.shape[-1])
+            if meter.diverged:
+                raise diverged(learner, meter.first_bad(), parts, images, meter.recent)
             if text:
                 bar.set_description(text, refresh=False)
-    except torch.OutOfMemoryError:
-        raise _out_of_memory(learner, count, size) from None
+            if settings.optimizer_step and stop():
+                unfinished = True
+                break
+    except (torch.OutOfMemoryError, MemoryError):
+        raise out_of_memory(learner, images) from None
     except RuntimeError as error:
-        if "can't allocate memory" not in str(error):
+        if not any(sign in str(error) for sign in MEMORY_SIGNS):
             raise
-        raise _out_of_memory(learner, count, size) from None
+        raise out_of_memory(learner, images) from None
     finally:
         bar.close()
-    return EpochResult(meter.finish(), settings.lr, meter.images_per_second)
+    return EpochResult(meter.finish(), settings.lr, meter.images_per_second, meter.so_far(), unfinished)
 
 
 class _Meter:
     """Running mean of the losses, kept on the device and read once in a while: reading stalls a GPU's queue."""
 
-    def __init__(self, learner: Learner, epoch: int, epochs: int, batches: int) -> None:
+    def __init__(
+        self, learner: Learner, epoch: int, epochs: int, batches: int, done: PartialEpoch | None = None
+    ) -> None:
         self.learner, self.epoch, self.epochs, self.batches = learner, epoch, epochs, batches
         self.read_every = 1 if learner.device.type == "cpu" else 20
-        self.total = torch.zeros(3, device=learner.device)
+        self.total = torch.tensor(done.losses if done else [0.0] * 3, device=learner.device)
         self.finite = torch.ones((), dtype=torch.bool, device=learner.device)
-        self.count = self.images = 0
+        self.count = done.batches if done else 0
+        self.good = torch.tensor(self.count, device=learner.device)  # batches before the first that is not finite
+        self.diverged = False
+        self.images = 0
         self.recent: list[str] = []
         self.start = time.perf_counter()
 
@@ -155,39 +188,28 @@ class _Meter:
         """Count one batch; returns the bar's text when the losses were read."""
         self.total += parts.items.float()
         self.finite &= torch.isfinite(parts.total.detach()).all()
+        self.good += self.finite
         self.count += 1
         self.images += batch.images.shape[0]
         self.recent = (self.recent + list(batch.paths))[-8:]
         if self.count % self.read_every and self.count != self.batches:
             return ""
-        self._check(parts)
+        self.diverged = not bool(self.finite)
         box, obj, cls = (self.total / self.count).tolist()
         memory = f"{memory_gb(self.learner.device):.3g}G"
         values = (f"{self.epoch}/{self.epochs - 1}", memory, box, obj, cls, len(batch.targets), size)
         return ("%11s" * 2 + "%11.4g" * 3 + "%11i" * 2 + "%11.0f") % (*values, self.images_per_second)
 
-    def _check(self, parts: LossParts) -> None:
-        if bool(self.finite):
-            return
-        lr = {g["role"]: g["lr"] for g in self.learner.optimizer.param_groups}
-        raise TrainingDiverged(
-            f"the loss is not finite at epoch {self.epoch}, batch {self.count} of {self.batches} "
-            f"(box {parts.box.item():.3g}, obj {parts.obj.item():.3g}, cls {parts.cls.item():.3g}, lr {lr}); "
-            f"the checkpoints of earlier epochs are whole: start from weights/last.pt with a lower lr0 in --hyp, "
-            f"or with --amp off. Last images: {', '.join(self.recent[-3:])}"
-        )
+    def first_bad(self) -> str:
+        """The first batch whose loss was not finite, in words."""
+        return f"epoch {self.epoch}, batch {int(self.good) + 1} of {self.batches}"
+
+    def so_far(self) -> PartialEpoch:
+        """What a later start of this epoch needs to know."""
+        return PartialEpoch(self.count, self.total.tolist())
 
     def finish(self) -> Tensor:
         return (self.total / max(self.count, 1)).cpu()
-
-
-def _out_of_memory(learner: Learner, batch: int, size: int) -> ResourceError:
-    where = "GPU" if learner.device.type == "cuda" else learner.device.type.upper()
-    smaller = max(batch // 2, 1) * learner.world.size
-    return ResourceError(
-        f"{where} memory ran out at batch {batch * learner.world.size}, {size} px; use --batch-size {smaller} "
-        f"(gradients are added up to the nominal 64 all the same), --batch-size -1, or a smaller --imgsz"
-    )
 
 
 def log_header() -> None:

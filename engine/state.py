@@ -11,13 +11,17 @@ from typing import Any
 import torch
 import torchvision
 
-from engine.epoch import Learner
+from engine.epoch import Learner, PartialEpoch
 from utils.checkpoint import half_precision, read_checkpoint, rng_state, save_checkpoint, set_rng_state
 from utils.config import Hyp, TrainConfig
 from utils.early_stopping import EarlyStopping
 from utils.ema import unwrap
 from utils.errors import CheckpointError
 from utils.optim import restore_optimizer
+
+ROLLBACK_LR = 0.1
+"""Learning rate after a rollback, as a share of that before."""
+MOST_ROLLBACKS = 3
 
 
 @dataclass
@@ -28,6 +32,8 @@ class Progress:
     start_epoch: int = 0
     best_fitness: float = 0.0
     class_maps: list[float] = field(default_factory=list)  # mAP per class, for --image-weights
+    partial: PartialEpoch | None = None  # what a terminated run did of epoch start_epoch
+    rollbacks: int = 0  # after a loss that was not finite; each made the learning rate ROLLBACK_LR times what it was
 
 
 def describe_run(model, cfg: TrainConfig, hyp: Hyp) -> dict[str, Any]:
@@ -55,9 +61,16 @@ def _stamped(meta: dict[str, Any], epoch: int, metrics: dict[str, float]) -> dic
 
 
 def save_last(
-    path: Path, learner: Learner, meta: dict, progress: Progress, epoch: int, metrics: dict[str, float]
+    path: Path,
+    learner: Learner,
+    meta: dict,
+    progress: Progress,
+    epoch: int,
+    metrics: dict[str, float],
+    partial: PartialEpoch | None = None,
 ) -> None:
-    """Write everything that ``--resume`` needs to go on exactly, after ``epoch`` was completed."""
+    """Write everything that ``--resume`` needs to go on exactly, after ``epoch`` was completed (-1: none yet) and
+    ``partial`` of the next one."""
     train = {
         "model": unwrap(learner.model).state_dict(),
         "optimizer": learner.optimizer.state_dict(),
@@ -66,6 +79,8 @@ def save_last(
         "best_fitness": progress.best_fitness,
         "stopper": progress.stopper.state_dict(),
         "class_maps": list(progress.class_maps),
+        "rollbacks": progress.rollbacks,
+        "partial": {"batches": partial.batches, "losses": partial.losses} if partial else None,
         "rng": rng_state(),
     }
     save_checkpoint(path, learner.ema.model.state_dict(), _stamped(meta, epoch, metrics), {**train, "epoch": epoch})
@@ -75,6 +90,13 @@ def save_best(path: Path, state: dict, meta: dict, epoch: int, metrics: dict[str
     """Write the averaged weights alone, in half precision: small, and all that val, detect and export need."""
     half = {key: half_precision(value) for key, value in state.items()}
     save_checkpoint(path, half, _stamped(meta, epoch, metrics))
+
+
+def keep_newest(folder: Path, count: int) -> None:
+    """Remove all but the ``count`` newest epochN.pt in ``folder``; 0 keeps all."""
+    numbered = {int(path.stem[5:]): path for path in folder.glob("epoch*.pt") if path.stem[5:].isdigit()}
+    for number in sorted(numbered)[: -count or None] if count else ():
+        numbered[number].unlink(missing_ok=True)
 
 
 def restore(path: str | Path, learner: Learner, progress: Progress) -> None:
@@ -96,8 +118,23 @@ def restore(path: str | Path, learner: Learner, progress: Progress) -> None:
         progress.start_epoch = state["epoch"] + 1
         progress.best_fitness = state["best_fitness"]
         progress.class_maps = list(state["class_maps"])
+        progress.partial = PartialEpoch(**state["partial"]) if state.get("partial") else None
+        set_rollbacks(learner, progress, state.get("rollbacks", 0))
         progress.stopper.load_state_dict(state["stopper"])
         set_rng_state(state["rng"])
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"{path}: its training state does not fit this model ({reason})") from error
+
+
+def roll_back(path: Path, learner: Learner, progress: Progress) -> None:
+    """Back to what ``path`` holds, with the learning rate ROLLBACK_LR times that of the attempt that failed."""
+    count = progress.rollbacks + 1
+    restore(path, learner, progress)
+    set_rollbacks(learner, progress, count)
+
+
+def set_rollbacks(learner: Learner, progress: Progress, count: int) -> None:
+    """Note ``count`` rollbacks and set the learning rate that follows from them."""
+    progress.rollbacks = count
+    learner.schedule.scale = ROLLBACK_LR**count

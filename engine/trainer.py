@@ -6,12 +6,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
 
-from engine.epoch import EpochResult, Learner, MultiScale, log_header, train_one_epoch
+from engine.diagnosis import TrainingDiverged
+from engine.epoch import EpochResult, Learner, MultiScale, PartialEpoch, log_header, train_one_epoch
 from engine.eval_outputs import BatchPictures, save_curves
 from engine.evaluator import evaluate
 from engine.parts import (
@@ -26,7 +27,8 @@ from engine.parts import (
     with_auto_batch,
     within_data,
 )
-from engine.state import Progress, describe_run, restore, save_best, save_last
+from engine.resume import torchrun_job
+from engine.state import MOST_ROLLBACKS, Progress, describe_run, keep_newest, restore, roll_back, save_best, save_last
 from models.loading import load_model
 from models.summary import summarize
 from models.surgery import set_dcn_backend
@@ -41,10 +43,11 @@ from utils.dist import World, broadcast, close_distributed, init_distributed
 from utils.early_stopping import EarlyStopping
 from utils.ema import unwrap
 from utils.errors import ConfigError
-from utils.files import atomic_write, dump_yaml, new_run_dir
+from utils.files import atomic_write, dump_yaml, new_run_dir, remove_leftovers
 from utils.loggers import COLUMNS, RunLogger, read_results
 from utils.metrics import TABLE_HEADER, Metrics
 from utils.plots import plot_batch
+from utils.signals import NotedTermination, termination_noted
 
 
 def train(cfg: TrainConfig, hyp: Hyp, data: DataConfig, notes: Sequence[str] = ()) -> Path:
@@ -110,6 +113,7 @@ class Run:
     progress: Progress
     world: World
     validations: int = 0
+    unsaved_best: dict | None = None  # with --nosave: the best averaged weights so far
 
     @property
     def model(self) -> DetectionModel:
@@ -129,35 +133,114 @@ def fit(run: Run, multi_scale: MultiScale | None = None) -> None:
     """All epochs: learn, validate, log, save; stop early when it no longer pays; then validate best.pt in full."""
     cfg, world, progress = run.cfg, run.world, run.progress
     logger = RunLogger(run.dir, progress.start_epoch) if world.main else None
-    watch = DcnWatch(run.model)
     if world.main and not cfg.noplots:
         _first_pictures(run, logger)
-    start, epoch = time.perf_counter(), progress.start_epoch
-    best_state: dict | None = None
-    for epoch in range(progress.start_epoch, cfg.epochs):
-        if cfg.image_weights:
-            run.loader.set_weights(draw_weights(run.loader.dataset, progress.class_maps, run.model.nc))
-        run.loader.set_epoch(epoch)
-        log_header()
-        with watch.sampling():
-            result = train_one_epoch(run.learner, run.loader, epoch, cfg.epochs, multi_scale)
-        stop = False
-        if world.main:
+    if cfg.on_nan == "rollback" and not cfg.resume:  # a state to go back to before the first epoch is over
+        save_last(run.last, run.learner, describe_run(run.model, cfg, run.hyp), progress, -1, {})
+    start, first = time.perf_counter(), progress.start_epoch
+    with termination_noted(enabled=world.size == 1) as termination:  # ranks would not stop at the same step
+        last = _all_epochs(run, logger, multi_scale, termination)
+    hours = (time.perf_counter() - start) / 3600
+    LOGGER.info(f"\n{last - first + 1} epochs completed in {hours:.3f} hours.")
+    if world.main:
+        _finish(run, logger)
+
+
+def _all_epochs(
+    run: Run, logger: RunLogger | None, multi_scale: MultiScale | None, termination: NotedTermination
+) -> int:
+    """Epoch after epoch; returns the last one's number. Goes back when the loss is not finite and --on-nan says so."""
+    cfg, progress = run.cfg, run.progress
+    watch = DcnWatch(run.model)
+    epoch = progress.start_epoch
+    while epoch < cfg.epochs:
+        done, progress.partial = progress.partial, None
+        try:
+            result = _learn(run, epoch, multi_scale, watch, done, termination)
+        except TrainingDiverged as error:
+            epoch = _roll_back(run, error)
+            continue
+        stop, metrics = False, None
+        if run.world.main:
             final = epoch + 1 == cfg.epochs
-            metrics = None
             if final or not cfg.noval or progress.stopper.possible_stop:
-                metrics = validate(run)
+                metrics = _validate_or_save(run, epoch, result, termination)
                 progress.class_maps = metrics.maps(run.model.nc).tolist()
                 stop = progress.stopper.update(epoch, metrics.fitness)
             _log_epoch(run, logger, watch, epoch, result, metrics)
-            best_state = _save(run, epoch, metrics, best_state, last_epoch=final or stop)
-        if broadcast(stop, world):
+            _save(run, epoch, metrics, last_epoch=final or stop)
+        if termination.is_set() and not (stop or epoch + 1 == cfg.epochs):
+            _save_and_end(run, epoch, None, termination)
+        if broadcast(stop, run.world):
             LOGGER.info(progress.stopper.message())
             break
-    hours = (time.perf_counter() - start) / 3600
-    LOGGER.info(f"\n{epoch - progress.start_epoch + 1} epochs completed in {hours:.3f} hours.")
-    if world.main:
-        _finish(run, logger)
+        epoch += 1
+    return min(epoch, cfg.epochs - 1)
+
+
+def _learn(
+    run: Run,
+    epoch: int,
+    multi_scale: MultiScale | None,
+    watch: DcnWatch,
+    done: PartialEpoch | None,
+    termination: NotedTermination,
+) -> EpochResult:
+    """One epoch, or what ``done`` left of it; after a SIGTERM saves what was done and raises KeyboardInterrupt."""
+    if run.cfg.image_weights:
+        run.loader.set_weights(draw_weights(run.loader.dataset, run.progress.class_maps, run.model.nc))
+    run.loader.set_epoch(epoch, done.batches if done else 0)
+    log_header()
+    with watch.sampling():
+        result = train_one_epoch(run.learner, run.loader, epoch, run.cfg.epochs, multi_scale, done, termination.is_set)
+    if result.unfinished:
+        _save_and_end(run, epoch - 1, result.done, termination)
+    return result
+
+
+def _validate_or_save(run: Run, epoch: int, result: EpochResult, termination: NotedTermination) -> Metrics:
+    """The metrics of a trained epoch. A SIGTERM ends validation at once, and the training that came before is saved."""
+    try:
+        termination.at_once = True
+        if termination.is_set():
+            raise KeyboardInterrupt
+        return validate(run)
+    except KeyboardInterrupt:
+        termination.at_once = False
+        if not termination.is_set():
+            raise
+        _save_and_end(run, epoch - 1, result.done, termination)
+    finally:
+        termination.at_once = False
+
+
+def _save_and_end(run: Run, epoch: int, partial: PartialEpoch | None, termination: NotedTermination) -> NoReturn:
+    """Write last.pt (when it does not hold this already) and end as the signal asks."""
+    if partial or run.cfg.nosave:
+        meta = describe_run(run.model, run.cfg, run.hyp)
+        if run.unsaved_best:
+            save_best(run.best, **run.unsaved_best)
+        save_last(run.last, run.learner, meta, run.progress, epoch, {}, partial)
+    termination.end()
+
+
+def _roll_back(run: Run, error: TrainingDiverged) -> int:
+    """Put the run back to its last.pt with a lower learning rate; the epoch to go on with. Raises ``error``, with what
+    to do, when --on-nan says stop or MOST_ROLLBACKS have not helped."""
+    progress = run.progress
+    if run.cfg.on_nan != "rollback":
+        raise TrainingDiverged(
+            f"{error}; the checkpoints of earlier epochs are whole: go on with --resume {run.last} --on-nan rollback, "
+            f"or start from it with a lower lr0 in --hyp, or with --amp off"
+        )
+    if progress.rollbacks >= MOST_ROLLBACKS:
+        raise TrainingDiverged(f"{error}; {progress.rollbacks} rollbacks with ever lower learning rates did not help")
+    roll_back(run.last, run.learner, progress)
+    LOGGER.warning(
+        f"{error}. Rollback {progress.rollbacks} of {MOST_ROLLBACKS}: back to the start of epoch "
+        f"{progress.start_epoch}, learning rates x {run.learner.schedule.scale:g}"
+    )
+    return progress.start_epoch
 
 
 def validate(run: Run) -> Metrics:
@@ -187,6 +270,8 @@ def _check_together(cfg: TrainConfig, hyp: Hyp, world: World) -> None:
         raise ConfigError(f"--noautoanchor: the hyper-parameter anchors: {hyp.anchors:g} asks AutoAnchor to find them")
     if world.size > 1 and cfg.image_weights:
         raise ConfigError("--image-weights works in one process: ranks would draw different images")
+    if world.size > 1 and cfg.on_nan == "rollback":
+        raise ConfigError("--on-nan rollback works in one process: ranks would not go back at the same step")
     if cfg.noval and cfg.patience < cfg.epochs and cfg.patience:
         LOGGER.warning(f"--noval: --patience {cfg.patience} has nothing to watch; training runs to the end")
 
@@ -205,16 +290,17 @@ def _check_unfinished(cfg: TrainConfig, progress: Progress) -> None:
             f"--resume {cfg.resume}: its {progress.start_epoch} epochs are finished; "
             f"give --epochs N with more to go on, or start anew with --weights {cfg.resume}"
         )
-    LOGGER.info(f"Resuming {cfg.resume} at epoch {progress.start_epoch} of {cfg.epochs}")
+    step = f", after {progress.partial.batches} batches" if progress.partial else ""
+    LOGGER.info(f"Resuming {cfg.resume} at epoch {progress.start_epoch} of {cfg.epochs}{step}")
 
 
 def _how_to_go_on(run: Run) -> str:
-    if run.cfg.nosave:
+    if run.cfg.nosave and not run.last.is_file():
         return (
             f"with --nosave checkpoints are written at the end only, so the epochs of this start are not in {run.dir}"
         )
     if not run.last.is_file():
-        return f"no epoch was completed, {run.dir} holds no checkpoint"
+        return f"no epoch was completed; start again with: python train.py --resume {run.dir}"
     return f"all completed epochs are saved; go on with: python train.py --resume {run.last}"
 
 
@@ -224,12 +310,13 @@ def _open_run_dir(cfg: TrainConfig, hyp: Hyp, world: World) -> Path | None:
         return None
     if cfg.resume:
         run_dir = Path(cfg.resume).resolve().parent.parent
-        for unfinished in (run_dir / "weights").glob(".*.pt.*.tmp"):  # a kill came while a checkpoint was written
-            unfinished.unlink()
     else:
         run_dir = new_run_dir(cfg.project, cfg.name, cfg.exist_ok)
     (run_dir / "weights").mkdir(exist_ok=True)
-    atomic_write(run_dir / "opt.yaml", dump_yaml({**cfg.to_dict(), "resume": "", "save_dir": str(run_dir)}))
+    if cfg.resume or cfg.exist_ok:
+        remove_leftovers(run_dir, run_dir / "weights")
+    job = {"torchrun": torchrun_job()} if world.size > 1 else {}
+    atomic_write(run_dir / "opt.yaml", dump_yaml({**cfg.to_dict(), "resume": "", "save_dir": str(run_dir), **job}))
     atomic_write(run_dir / "hyp.yaml", dump_yaml(hyp.to_dict()))
     return run_dir
 
@@ -262,27 +349,24 @@ def _log_epoch(
         LOGGER.warning(line)
 
 
-def _save(run: Run, epoch: int, metrics: Metrics | None, best_state: dict | None, last_epoch: bool) -> dict | None:
-    """Write last.pt, and best.pt when this epoch is the best so far; with --nosave only after the last epoch.
-
-    Returns the best averaged weights that are not on disk yet, if any.
-    """
+def _save(run: Run, epoch: int, metrics: Metrics | None, last_epoch: bool) -> None:
+    """Write last.pt, and best.pt when this epoch is the best so far; with --nosave only after the last epoch."""
     cfg, progress = run.cfg, run.progress
     meta = describe_run(run.model, cfg, run.hyp)
     scores = {"mAP50": metrics.map50, "mAP50-95": metrics.map, "fitness": metrics.fitness} if metrics else {}
-    improved = metrics is not None and metrics.fitness >= progress.best_fitness
-    if improved:
+    if metrics is not None and metrics.fitness >= progress.best_fitness:
         progress.best_fitness = metrics.fitness
         state = {k: v.clone() for k, v in run.learner.ema.model.state_dict().items()}
-        best_state = {"state": state, "meta": meta, "epoch": epoch, "metrics": scores}
+        run.unsaved_best = {"state": state, "meta": meta, "epoch": epoch, "metrics": scores}
     if cfg.nosave and not last_epoch:
-        return best_state
-    if best_state:
-        save_best(run.best, **best_state)
-    save_last(run.last, run.learner, meta, progress, epoch, scores)
+        return
+    if run.unsaved_best:
+        save_best(run.best, **run.unsaved_best)
+        run.unsaved_best = None
     if cfg.save_period > 0 and epoch % cfg.save_period == 0:
         save_best(run.last.with_name(f"epoch{epoch}.pt"), run.learner.ema.model.state_dict(), meta, epoch, scores)
-    return None
+        keep_newest(run.last.parent, cfg.keep)
+    save_last(run.last, run.learner, meta, progress, epoch, scores)  # last: after a kill before it all is made again
 
 
 def _finish(run: Run, logger: RunLogger) -> None:

@@ -21,7 +21,7 @@ utils.signals utils.safe_names models.ops.precision models.ops.layout models.ops
 models.ops.dcn_launch utils.pickle_records
 models.ops.dcn_op utils.torch_tensors
 utils.errors utils.console utils.boxes utils.augmentations utils.frames utils.crops utils.label_index \
-    utils.assign utils.autoanchor utils.dcn_watch utils.early_stopping utils.ema utils.stages utils.torch_legacy \
+    utils.assign utils.autoanchor utils.dcn_watch utils.early_stopping utils.ema utils.nan_search utils.stages utils.torch_legacy \
     models.activations models.ops.deform_conv
 utils.files utils.torch_file utils.npz utils.device utils.dist utils.images utils.labels utils.mosaic utils.plots utils.curves \
     utils.metrics utils.confusion utils.coco utils.optim utils.autobatch utils.streams models.common models.head
@@ -33,7 +33,8 @@ utils.dataloaders models.ensemble
 models.loading models.tta
 models.api models.convert
 models
-engine.window engine.feature_maps engine.resume engine.epoch engine.evaluator engine.writers
+engine.window engine.feature_maps engine.resume engine.diagnosis engine.evaluator engine.writers
+engine.epoch
 engine.state engine.parts engine.eval_outputs engine.predictor
 engine.trainer
 train val detect export

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Sampler, default_collate
 from utils.augmentations import Letterbox
 from utils.dataset import DetectionDataset, Draw, Sample
 from utils.errors import ResourceError, UserError
-from utils.signals import interrupts_deferred
+from utils.signals import interrupts_deferred, outlive_first_sigterm
 
 
 @dataclass
@@ -133,11 +133,13 @@ class EpochBatches(Sampler[list[Draw]]):
 
     def __init__(self, sampler: EpochSampler, batch_size: int, drop_last: bool, endless: bool) -> None:
         self.sampler, self.batch_size, self.drop_last, self.endless = sampler, batch_size, drop_last, endless
-        self.epoch = 0
+        self.epoch = self.start = 0
 
     def __iter__(self) -> Iterator[list[Draw]]:
+        done = self.start * self.batch_size
         for epoch in count(self.epoch) if self.endless else [self.epoch]:
-            draws = self.sampler.draws(epoch)
+            draws = islice(self.sampler.draws(epoch), done, None)
+            done = 0
             while batch := list(islice(draws, self.batch_size)):
                 if len(batch) == self.batch_size or not self.drop_last:
                     yield batch
@@ -158,9 +160,9 @@ class DetectionLoader(DataLoader):
     _stream: Iterator[Batch] | None = None
     _stream_epoch = -1  # what the stream holds next
 
-    def set_epoch(self, epoch: int) -> None:
-        """The epoch (from 0) that the next iteration is for."""
-        self.batch_sampler.epoch = epoch
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """The epoch (from 0) that the next iteration is for, and the batch (from 0) it begins with."""
+        self.batch_sampler.epoch, self.batch_sampler.start = epoch, start
         self.dataset.set_epoch(epoch)
 
     def set_weights(self, weights: np.ndarray | None) -> None:
@@ -179,7 +181,7 @@ class DetectionLoader(DataLoader):
             with interrupts_deferred():  # Ctrl-C while processes start would be lost in them
                 self._stream = super().__iter__()
         self._stream_epoch = -1  # an iteration that is left before its end leaves the stream in mid-epoch
-        yield from islice(self._stream, len(self))
+        yield from islice(self._stream, len(self) - self.batch_sampler.start)
         self._stream_epoch = epoch + 1
 
     def _clear_errors(self, batches: Iterator[Batch]) -> Iterator[Batch]:
@@ -194,7 +196,8 @@ class DetectionLoader(DataLoader):
                 raise
             raise ResourceError(
                 f"a data loading process died ({str(error).splitlines()[0]}): most often memory is short or, in a "
-                "container, /dev/shm is (docker run --shm-size 8g); use fewer --workers, or --workers 0"
+                "container, /dev/shm is (docker run --shm-size 8g); use fewer --workers, or --workers 0 (a training "
+                "goes on with --resume)"
             ) from None
 
 
@@ -249,6 +252,7 @@ def available_cores() -> int:
 
 
 def _start_worker(_: int) -> None:
-    """One core each: many processes with many threads only get in each other's way."""
+    """One core each: many processes with many threads only get in each other's way. And no end before its time."""
+    outlive_first_sigterm()
     cv2.setNumThreads(0)
     torch.set_num_threads(1)

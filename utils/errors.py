@@ -19,11 +19,10 @@ import errno
 import importlib.util
 import os
 import sys
-import threading
 from collections.abc import Callable, Iterable, Sequence
 
 from utils.safe_names import printable
-from utils.signals import sigterm_as_interrupt
+from utils.signals import Termination, sigterm_as_interrupt
 
 
 class UserError(Exception):
@@ -80,6 +79,8 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 _OS_HINTS = {
     errno.ENOSPC: "the disk is full: free some space or choose another --project folder",
     errno.EDQUOT: "the disk quota is used up: free some space or choose another --project folder",
+    errno.EFBIG: "the file would be larger than allowed here (ulimit -f, or the file system): choose another --project",
+    errno.ENOMEM: "memory ran out: use a smaller --batch-size, fewer --workers, no --cache",
     errno.EROFS: "the file system is read-only: choose another --project folder",
     errno.EACCES: "permission denied: choose a folder you may write to (--project)",
     errno.EPERM: "not permitted: choose a folder you may write to (--project)",
@@ -113,14 +114,14 @@ def run_cli(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | N
     """Run a script's ``main(argv)`` and turn what the user can mend into one line and an exit status.
 
     Returns 0 (or what main returned), 2 for a UserError, a full disk or exhausted memory, 130 after Ctrl-C,
-    143 after SIGTERM. ``--debug`` anywhere in argv keeps tracebacks. Bugs propagate untouched.
+    143 after SIGTERM, 129 after SIGHUP. ``--debug`` anywhere in argv keeps tracebacks. Bugs propagate untouched.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     with sigterm_as_interrupt() as terminated:
         return _guarded(main, argv, terminated)
 
 
-def _guarded(main: Callable[[Sequence[str]], int | None], argv: list[str], terminated: threading.Event) -> int:
+def _guarded(main: Callable[[Sequence[str]], int | None], argv: list[str], terminated: Termination) -> int:
     debug = "--debug" in argv
     try:
         return main(argv) or 0
@@ -132,7 +133,7 @@ def _guarded(main: Callable[[Sequence[str]], int | None], argv: list[str], termi
     except KeyboardInterrupt as error:
         if debug:
             raise
-        word, status = ("terminated", 143) if terminated.is_set() else ("interrupted", 130)
+        word, status = ("terminated", 128 + terminated.number) if terminated.is_set() else ("interrupted", 130)
         _say(f"{word}{f': {error}' if str(error) else ''}")
         return status
     except BrokenPipeError:  # `detect.py ... | head`: the reader left, nothing is wrong
@@ -147,7 +148,7 @@ def _guarded(main: Callable[[Sequence[str]], int | None], argv: list[str], termi
     except Exception as error:
         if terminated.is_set():  # libraries may turn the interrupt into an error of their own
             print("terminated", file=sys.stderr)
-            return 143
+            return 128 + terminated.number
         line = explain_memory_error(error)
         if debug or line is None:
             raise

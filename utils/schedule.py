@@ -44,6 +44,7 @@ class Schedule:
             raise ValueError(f"epochs {epochs}, batches {batches_per_epoch}, batch size {batch_size}: all at least 1")
         self.hyp, self.epochs, self.batches, self.batch_size = hyp, epochs, batches_per_epoch, batch_size
         self.cosine = cosine
+        self.scale = 1.0  # of every rate; below 1 after a rollback
         self.warmup = max(round(hyp.warmup_epochs * batches_per_epoch), MIN_WARMUP)
 
     def factor(self, epoch: float) -> float:
@@ -70,7 +71,7 @@ class Schedule:
             lr = float(np.interp(iteration, span, (0.0, lr)))
             momentum = float(np.interp(iteration, span, (self.hyp.warmup_momentum, momentum)))
         return StepSettings(
-            lr={role: bias_lr if role == "bias" else lr for role in ROLES},
+            lr={role: (bias_lr if role == "bias" else lr) * self.scale for role in ROLES},
             momentum=momentum,
             accumulate=self._accumulate(iteration),
             optimizer_step=self._is_optimizer_step(iteration),

@@ -1,4 +1,5 @@
-"""Ctrl-C and SIGTERM: SIGTERM ends a script as Ctrl-C does, and neither strikes while processes are being started."""
+"""Ctrl-C, SIGTERM and SIGHUP: all end a script in the same way, none while processes are being started, and a training
+may first bring itself to a point that can be saved."""
 
 from __future__ import annotations
 
@@ -7,33 +8,116 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+WORKER_GRACE = 30
+"""Seconds that a loader process stays after a SIGTERM that its whole group received, for the batch it is asked for."""
+
+
+class Termination:
+    """Whether SIGTERM or SIGHUP came, and which: ``number`` is 0 before."""
+
+    number = 0
+
+    def is_set(self) -> bool:
+        return bool(self.number)
+
+
+class NotedTermination(Termination):
+    """See :func:`termination_noted`. ``at_once``: while True the signal ends the block where it stands."""
+
+    at_once = False
+
+    def __init__(self, before: dict[int, Any]) -> None:
+        self._before = before
+
+    def end(self) -> None:
+        """Do now what the noted signal asks for: raise KeyboardInterrupt."""
+        before = self._before.get(self.number)
+        if callable(before):
+            before(self.number, None)
+        raise KeyboardInterrupt
+
+
+def _terminators() -> list[int]:
+    """SIGTERM, and SIGHUP (the terminal closed) unless nohup turned it off."""
+    numbers = [signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    return numbers
 
 
 @contextmanager
-def sigterm_as_interrupt() -> Iterator[threading.Event]:
-    """Let SIGTERM (``docker stop``, a scheduler) raise KeyboardInterrupt; the event yielded tells that it came.
+def sigterm_as_interrupt() -> Iterator[Termination]:
+    """Let SIGTERM (``docker stop``, a scheduler) and SIGHUP raise KeyboardInterrupt; what is yielded tells which came.
 
     Processes forked inside end at once instead. Outside the main thread, where Python sets no handlers, nothing
     changes.
     """
-    came, owner = threading.Event(), os.getpid()
+    came, owner = Termination(), os.getpid()
 
-    def handler(number: int, frame: object) -> None:
+    def handler(number: int, frame: FrameType | None) -> None:
         if os.getpid() != owner:
             os._exit(128 + number)
-        came.set()
+        came.number = number
         # torch's handler raises, wherever we are, for loader processes that the same SIGTERM has ended
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         raise KeyboardInterrupt
 
-    if threading.current_thread() is not threading.main_thread():
+    with _handled(handler):
         yield came
+
+
+@contextmanager
+def termination_noted(enabled: bool = True) -> Iterator[NotedTermination]:
+    """Inside, the first SIGTERM or SIGHUP is only noted, for the block to look at, save and call ``end()``. A second
+    one raises KeyboardInterrupt at once. ``enabled`` False: nothing changes."""
+    before: dict[int, Any] = {}
+    noted, owner = NotedTermination(before), os.getpid()
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        if os.getpid() != owner:
+            os._exit(128 + number)
+        first = not noted.number
+        noted.number = number
+        if noted.at_once or not first:
+            noted.end()
+
+    if not enabled:
+        yield noted
         return
-    before = signal.signal(signal.SIGTERM, handler)
+    with _handled(handler) as replaced:
+        before.update(replaced)
+        yield noted
+
+
+@contextmanager
+def _handled(handler: Any) -> Iterator[dict[int, Any]]:
+    """``handler`` for the signals that end a program; yields what it replaces."""
+    if threading.current_thread() is not threading.main_thread():
+        yield {}
+        return
+    before = {number: signal.signal(number, handler) for number in _terminators()}
     try:
-        yield came
+        yield before
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+def outlive_first_sigterm() -> None:
+    """In a loader process: a scheduler's SIGTERM goes to all processes, and the training still needs its batches to
+    reach a point that it can save. The second one, or WORKER_GRACE seconds, end the process."""
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        for ends in (number, signal.SIGALRM):
+            signal.signal(ends, signal.SIG_DFL)
+        signal.alarm(WORKER_GRACE)
+
+    if hasattr(signal, "alarm"):
+        for number in _terminators():
+            signal.signal(number, handler)
 
 
 @contextmanager

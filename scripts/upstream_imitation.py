@@ -45,13 +45,13 @@ def stand_in(name: str, state: Mapping[str, Any] | None = None) -> Any:
 
 
 def imitate(
-    model: nn.Module, names: Mapping[str, str] | None = None, half: bool = True, hooks: bool = True, **attributes: Any
+    model: nn.Module, classes: Mapping[str, str] | None = None, half: bool = True, hooks: bool = True, **attributes: Any
 ) -> Any:
-    """``model`` as YOLOv5 would pickle it. ``names``: other class names by ours, e.g. ``{"SiLU": "x.y.Hardswish"}`` by
-    the bare name; ``attributes``: more or other attributes of the model itself (None takes one away)."""
+    """``model`` as YOLOv5 would pickle it. ``classes``: other names of classes by our bare ones, e.g.
+    ``{"DetectionModel": "models.yolo.Model"}``; ``attributes``: more or other attributes of the model itself (None takes one away)."""
     root = {"nc": model.nc, "names": list(model.names.values()), "yaml": model.yaml, "stride": model.stride, "hyp": {}}
     root.update({"save": model.save, "inplace": True, **attributes})
-    tree = _module(model, dict(names or {}), half, hooks)
+    tree = _module(model, dict(classes or {}), half, hooks)
     tree.__dict__.pop("layers", None)
     tree.__dict__.update({key: value for key, value in root.items() if value is not None})
     for key in [key for key, value in root.items() if value is None]:
@@ -59,15 +59,15 @@ def imitate(
     return tree
 
 
-def _module(module: nn.Module, names: dict[str, str], half: bool, hooks: bool) -> Any:
+def _module(module: nn.Module, classes: dict[str, str], half: bool, hooks: bool) -> Any:
     own = type(module)
-    name = names.get(own.__name__, OURS.get(f"{own.__module__}.{own.__name__}", f"{own.__module__}.{own.__name__}"))
+    name = classes.get(own.__name__, OURS.get(f"{own.__module__}.{own.__name__}", f"{own.__module__}.{own.__name__}"))
     state = {key: value for key, value in vars(module).items() if _attribute(key, value)}
     state["_parameters"] = OrderedDict((key, _cast(p, half)) for key, p in module._parameters.items())
     state["_buffers"] = OrderedDict((key, _cast(b, half)) for key, b in module._buffers.items())
     state["_non_persistent_buffers_set"] = set(module._non_persistent_buffers_set)
     state.update({key: OrderedDict() for key in (HOOKS if hooks else ())})
-    state["_modules"] = OrderedDict((key, _module(m, names, half, hooks)) for key, m in module._modules.items() if m)
+    state["_modules"] = OrderedDict((key, _module(m, classes, half, hooks)) for key, m in module._modules.items() if m)
     if own.__name__ == "Detect":
         state["_non_persistent_buffers_set"], state["stride"] = set(), state["_buffers"].pop("stride")
         state["grid"] = [torch.zeros(1).expand(1, 1, 4, 4, 2)]

@@ -85,7 +85,7 @@ def decode_image(data: bytes, name: str, max_pixels: int = MAX_PIXELS) -> np.nda
     except cv2.error:  # sides beyond OpenCV's own limit
         image = None
     if image is None:
-        return _decode_with_pillow(data, name)
+        return _decode_with_pillow(data, name, max_pixels)
     if not direct:
         image = cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
     return _turn(image, header.orientation)
@@ -270,6 +270,8 @@ def _jpeg_header(data: bytes) -> Header:
 
 
 def _png_header(data: bytes) -> Header:
+    if data[12:16] != b"IHDR":
+        raise struct.error("another chunk before the header")
     width, height = struct.unpack_from(">II", data, 16)
     position = 8
     while position + 8 <= len(data):  # an eXIf chunk stands before the pixels where writers follow custom
@@ -317,14 +319,15 @@ def _pillow_header(data: bytes, name: str) -> Header:
         raise DataError(f"{name}: not an image, or of a kind that cannot be read") from None
 
 
-def _decode_with_pillow(data: bytes, name: str) -> np.ndarray:
-    """The kinds that OpenCV declines."""
+def _decode_with_pillow(data: bytes, name: str, max_pixels: int) -> np.ndarray:
+    """The kinds that OpenCV declines. Pillow may find another size than ours, in a PNG with two headers."""
     from PIL import Image, ImageOps
 
     try:
         with Image.open(io.BytesIO(data), formats=_PILLOW_FORMATS) as image:
+            _check_pixels(Header(*image.size, 1), name, max_pixels)
             return np.array(ImageOps.exif_transpose(image).convert("RGB"))
-    except MemoryError:
+    except (MemoryError, DataError):
         raise
     except Exception as error:  # as above
         raise DataError(f"{name}: the image cannot be decoded ({error}); open and save it again") from None

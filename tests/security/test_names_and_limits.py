@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import os
+import zlib
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 
+from scripts.faults.hostile import png_header, zeros_bomb
 from utils.coco import load_annotations
 from utils.console import LOGGER, setup_console
 from utils.curves import plot_confidence_curve, plot_confusion_matrix, plot_labels
@@ -140,6 +142,24 @@ def test_streams_lists_hold_addresses_only(tmp_path: Path, line: str) -> None:
     (tmp_path / "a.streams").write_text(f"# mine\n{line}\n")
     with pytest.raises(SourceError, match=r"a.streams:2: .*expected an address"):
         open_source(str(tmp_path / "a.streams"))
+
+
+def test_a_second_header_cannot_hide_a_bomb(tmp_path: Path) -> None:
+    whole = zeros_bomb(3000)
+    small = png_header(20, 20)[8:33]
+    for name, data in (
+        ("two.png", whole[:8] + small + whole[8:]),
+        ("late.png", whole[:8] + small[:-4] * 2 + whole[8:]),
+    ):
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(DataError, match="3000x3000 is more than 1,000 pixels|cut short|cannot be decoded"):
+            read_image(tmp_path / name, max_pixels=1000)
+    chunk = (
+        whole[:8] + b"\0\0\0\x08tEXt" + b"\0\0\0\x14" * 2 + zlib.crc32(b"tEXt" + b"\0\0\0\x14" * 2).to_bytes(4, "big")
+    )
+    (tmp_path / "text.png").write_bytes(chunk + whole[8:])
+    with pytest.raises(DataError, match="cut short"):
+        read_image(tmp_path / "text.png", max_pixels=1000)
 
 
 def test_postscript_is_no_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,13 +16,16 @@ from torch import Tensor, nn
 
 from models.deform import make_deformable, parse_requests
 from models.head import Detect
+from models.map_size import largest_map
 from models.parser import Layer, parse_model
 from models.spec import read_spec
-from utils.checkpoint import read_checkpoint
+from models.upstream import read_weights
 from utils.errors import CheckpointError, ConfigError, run_cli
 
 STRIDE_PROBE = 256
 """Pixels. Side of the image whose maps tell the strides; the largest stride that a model can have."""
+MAX_MAP = 2**27
+"""Values of one map of that image, half a gigabyte; the largest of YOLOv5's models has 2 million."""
 
 
 class DetectionModel(nn.Module):
@@ -81,6 +84,8 @@ class DetectionModel(nn.Module):
     def _measure_strides(self, ch: int) -> list[float]:
         """Pixels per cell of the maps that Detect receives. A small image runs through the layers: on torch's meta
         device, which only follows shapes, the first pass imports torch's compiler and takes a second."""
+        if ch * STRIDE_PROBE**2 > MAX_MAP:
+            raise ConfigError(f"{self.layers[0].where}: {ch} input channels (ch) are too many")
         x, kept = torch.zeros(1, ch, STRIDE_PROBE, STRIDE_PROBE), {}
         self.model.eval()  # BatchNorm statistics stay at their start
         for module, layer in zip(self.model[:-1], self.layers):
@@ -97,6 +102,11 @@ def _gather(layer: Layer, previous: Tensor, kept: dict[int, Tensor]) -> Tensor |
 
 
 def _probe(module: nn.Module, layer: Layer, x: Tensor | list[Tensor]) -> Tensor:
+    values = largest_map(module, x if isinstance(x, list) else [x])
+    if values > MAX_MAP:
+        raise ConfigError(
+            f"{layer.where}: layer {layer.index} makes a map of {values:,} values of a {STRIDE_PROBE}-pixel image"
+        )
     try:
         return module(x)
     except (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError) as error:  # shapes that do not fit
@@ -140,7 +150,7 @@ def _description(cfg: str) -> str | dict:
     """``cfg`` itself, or what a checkpoint says of its model."""
     if not cfg.endswith(".pt"):
         return cfg
-    description = read_checkpoint(cfg).meta.get("yaml")
+    description = read_weights(cfg).meta.get("yaml")
     if not isinstance(description, dict):
         raise CheckpointError(f"{cfg}: holds weights without a model description")
     return description

@@ -27,7 +27,7 @@ utils.files utils.torch_file utils.npz utils.device utils.dist utils.images util
     utils.metrics utils.confusion utils.coco utils.optim utils.autobatch utils.streams models.common models.head
 utils.config utils.checkpoint utils.loggers utils.label_cache utils.sources \
     models.extra models.ghost models.transformer models.spec models.surgery models.deform models.summary models.results
-utils.cli utils.nms utils.check_data utils.image_cache utils.loss utils.schedule models.parser models.upstream
+utils.cli utils.nms utils.check_data utils.image_cache utils.loss utils.schedule models.parser models.map_size models.upstream
 utils.dataset models.yolo
 utils.dataloaders models.ensemble
 models.loading models.tta

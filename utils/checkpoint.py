@@ -153,16 +153,17 @@ def as_checkpoint(path: Path, content: Any) -> Checkpoint:
 
 
 def _what(content: Any) -> str:
-    if isinstance(content, dict):
-        keys = ", ".join(show(str(key)) for key in list(content)[:4]) + (", ..." if len(content) > 4 else "")
-        found = next(records(content), None)
-        what = f"a dict of {keys}"
-        if found is not None:
-            what += (
-                f"; an object of {show(found.name)} is in it: python -m models.convert turns YOLOv5's files into ours"
-            )
-        return what
-    return f"an object of {show(content.name)}" if isinstance(content, Record) else f"a {type(content).__name__}"
+    if not isinstance(content, dict):
+        return f"an object of {show(content.name)}" if isinstance(content, Record) else f"a {type(content).__name__}"
+    keys = ", ".join(show(str(key)) for key in list(content)[:4]) + (", ..." if len(content) > 4 else "")
+    objects = (r for r in records(content) if not r.name.startswith(("numpy.", "torch.")))
+    found = next(objects, None)
+    hint = (
+        f"; YOLOv5's files go to --weights or through python -m models.convert, here: {show(found.name)}"
+        if found
+        else ""
+    )
+    return f"a dict of {keys}{hint}"
 
 
 def _plain(value: Any, where: str) -> Any:

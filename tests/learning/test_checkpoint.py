@@ -172,7 +172,9 @@ def test_ordered_dicts_and_their_attributes_become_plain(tmp_path: Path) -> None
 def test_upstreams_files_are_named_and_the_way_shown() -> None:
     text = refusal(UPSTREAM)
     assert text.startswith("not a checkpoint of this program (it holds a dict of epoch, best_fitness, model, ema, ...")
-    assert "an object of models.yolo.DetectionModel is in it: python -m models.convert" in text
+    assert (
+        "YOLOv5's files go to --weights or through python -m models.convert, here: models.yolo.DetectionModel" in text
+    )
 
 
 class Payload:

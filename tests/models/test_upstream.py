@@ -272,6 +272,24 @@ def test_a_description_cannot_ask_for_all_memory(nano: DetectionModel, tmp_path:
             load_model(path)
 
 
+GROWING = [
+    [-1, 1, "nn.Upsample", ["None", 4000, "nearest"]],
+    [-1, 1, "nn.ZeroPad2d", [4000]],
+    [-1, 1, "Conv", [8, 1, 1, 4000]],
+    [-1, 1, "nn.ConvTranspose2d", [8, 1, 4000]],
+]
+
+
+@pytest.mark.parametrize("row", GROWING, ids=lambda row: row[2])
+def test_a_description_cannot_ask_for_huge_maps(row: list, tmp_path: Path) -> None:
+    small = model_of(era(backbone=[[-1, 1, "Conv", [8, 3, 2]], [-1, 1, "Conv", [8, 1]]]))
+    grown = {**small.yaml, "backbone": [small.yaml["backbone"][0], row]}
+    path = write(tmp_path / "a.pt", checkpoint(imitate(small, yaml=grown)))
+    assert "layer 1 makes a map of" in refusal(path)
+    wide = {**small.yaml, "ch": 50_000, "backbone": [[-1, 1, "Conv", [8, 1, 2]], small.yaml["backbone"][1]]}
+    assert "50000 input channels" in refusal(write(path, checkpoint(imitate(small, yaml=wide))))
+
+
 class Payload:
     """Pickles as a call."""
 

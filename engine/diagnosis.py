@@ -25,10 +25,11 @@ def diverged(learner: Any, where: str, parts: Any, images: Tensor, paths: Sequen
     it was noticed (on a GPU up to 20 after the first); ``paths``: the newest image files."""
     with torch.autocast(learner.device.type, learner.amp_dtype, enabled=learner.amp_dtype is not None):
         layer = first_not_finite(unwrap(learner.model), images)
+    what = "loss" if not torch.isfinite(parts.total) else "gradient"
     rates = ", ".join(f"{group['role']} {group['lr']:.3g}" for group in learner.optimizer.param_groups)
     return TrainingDiverged(
-        f"the loss is not finite at {where} (box {parts.box.item():.3g}, obj {parts.obj.item():.3g}, "
-        f"cls {parts.cls.item():.3g}); first: {layer or 'the loss, all layers are finite'}; "
+        f"the {what} is not finite at {where} (box {parts.box.item():.3g}, obj {parts.obj.item():.3g}, "
+        f"cls {parts.cls.item():.3g}); first: {layer or f'the {what}, all layers are finite'}; "
         f"learning rates {rates}; last images: {', '.join(paths[-3:])}"
     )
 

@@ -52,10 +52,19 @@ class Learner:
         return parts
 
     def step(self) -> Tensor:
-        """Unscale, clip, step, clear the gradients, update the EMA. Returns the gradient norm before clipping."""
+        """Unscale, clip, step, clear the gradients, update the EMA. Returns the gradient norm before clipping.
+
+        A step whose gradient is not finite leaves the weights alone: they then show where it came from.
+        """
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad or math.inf)
-        self.scaler.step(self.optimizer)
+        if self.scaler.is_enabled():
+            self.scaler.step(self.optimizer)  # looks for itself
+        elif self.optimizer.defaults.get("fused"):  # the kernels look at found_inf: nothing waits for the device
+            self.optimizer.found_inf = (~torch.isfinite(norm)).float()
+            self.optimizer.step()
+        elif torch.isfinite(norm):
+            self.optimizer.step()
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         if self.ema is not None:
@@ -143,7 +152,7 @@ def train_one_epoch(
                 images = resize_batch(images, rng, multi_scale.imgsz, multi_scale.stride)
             parts = learner.backward(images, batch.targets.to(learner.device, non_blocking=True))
             if settings.optimizer_step:
-                learner.step()
+                meter.check(learner.step())
             text = meter.add(parts, batch, images.shape[-1])
             if meter.diverged:
                 raise diverged(learner, meter.first_bad(), parts, images, meter.recent)
@@ -183,6 +192,11 @@ class _Meter:
     @property
     def images_per_second(self) -> float:
         return self.images * self.learner.world.size / max(time.perf_counter() - self.start, 1e-9)
+
+    def check(self, norm: Tensor) -> None:
+        """Take note of a step's gradient norm; a scaler that searches its scale meets infinite ones as a rule."""
+        if not self.learner.scaler.is_enabled():
+            self.finite &= torch.isfinite(norm)
 
     def add(self, parts: LossParts, batch, size: int) -> str:
         """Count one batch; returns the bar's text when the losses were read."""

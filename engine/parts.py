@@ -127,6 +127,7 @@ def build_datasets(
 ) -> tuple[DetectionDataset, DetectionDataset]:
     """Scan the training and validation images. Rank 0 goes first, the others find its caches."""
     shared = dict(single_cls=cfg.single_cls, nc=data.nc, names=data.names, strict=cfg.strict_data, seed=cfg.seed)
+    shared["tolerant"] = not cfg.strict_data
     with main_first(world):
         train = DetectionDataset(
             data.train,

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler, default_collate
 
 from utils.augmentations import Letterbox
+from utils.console import LOGGER, plural
 from utils.dataset import DetectionDataset, Draw, Sample
 from utils.errors import ResourceError, UserError
 from utils.signals import interrupts_deferred, outlive_first_sigterm
@@ -25,13 +26,15 @@ class Batch:
     """Samples joined.
 
     ``images`` uint8 (B, 3, H, W) RGB, channels last in memory; ``targets`` float32 (T, 6): image index in the batch,
-    class, cx, cy, w, h in 0..1 of the image; ``paths`` and ``letterboxes`` (None for mosaics), one for each image.
+    class, cx, cy, w, h in 0..1 of the image; ``paths`` and ``letterboxes`` (None for mosaics), one for each image;
+    ``skipped``: why images that should be in it are not.
     """
 
     images: Tensor
     targets: Tensor
     paths: list[str]
     letterboxes: list[Letterbox | None]
+    skipped: Sequence[str] = ()
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """A batch with its tensors on ``device``."""
@@ -52,7 +55,8 @@ def collate(samples: Sequence[Sample]) -> Batch:
     targets = np.empty((sum(counts), 6), np.float32)
     targets[:, 0] = np.repeat(np.arange(len(samples)), counts)
     targets[:, 1:] = np.concatenate([s.labels for s in samples])
-    return Batch(images, torch.from_numpy(targets), [s.path for s in samples], [s.letterbox for s in samples])
+    skipped = [reason for sample in samples for reason in sample.skipped]
+    return Batch(images, torch.from_numpy(targets), [s.path for s in samples], [s.letterbox for s in samples], skipped)
 
 
 def collate_quad(samples: Sequence[Sample]) -> Batch:
@@ -73,7 +77,8 @@ def collate_quad(samples: Sequence[Sample]) -> Batch:
             places = np.float32([(0, 0, 0, 0, 0), (0, 0, 1, 0, 0), (0, 1, 0, 0, 0), (0, 1, 1, 0, 0)])
             moved = [(s.labels + place) * np.float32((1, 0.5, 0.5, 0.5, 0.5)) for s, place in zip(four, places)]
             labels = np.concatenate(moved)
-        joined.append(replace(four[0], image=image, labels=labels, letterbox=None))
+        skipped = tuple(reason for sample in four for reason in sample.skipped)
+        joined.append(replace(four[0], image=image, labels=labels, letterbox=None, skipped=skipped))
     return collate(joined)
 
 
@@ -159,6 +164,7 @@ class DetectionLoader(DataLoader):
 
     _stream: Iterator[Batch] | None = None
     _stream_epoch = -1  # what the stream holds next
+    _warned: frozenset[str] = frozenset()
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
         """The epoch (from 0) that the next iteration is for, and the batch (from 0) it begins with."""
@@ -181,8 +187,18 @@ class DetectionLoader(DataLoader):
             with interrupts_deferred():  # Ctrl-C while processes start would be lost in them
                 self._stream = super().__iter__()
         self._stream_epoch = -1  # an iteration that is left before its end leaves the stream in mid-epoch
-        yield from islice(self._stream, len(self) - self.batch_sampler.start)
+        for batch in islice(self._stream, len(self) - self.batch_sampler.start):
+            self._warn(batch.skipped)
+            yield batch
         self._stream_epoch = epoch + 1
+
+    def _warn(self, skipped: Sequence[str]) -> None:
+        """Name each image that can no longer be read, once, and count them."""
+        for reason in skipped:
+            if reason not in self._warned:
+                self._warned |= {reason}
+                total = plural(len(self._warned), "image")
+                LOGGER.warning(f"{reason}; training goes on without it ({total} so far; --strict-data stops)")
 
     def _clear_errors(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         try:

@@ -18,6 +18,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from utils.augmentations import (
+    GREY,
     Letterbox,
     Perspective,
     apply_hsv,
@@ -36,6 +37,9 @@ from utils.images import read_image
 from utils.label_cache import scan_labels
 from utils.mosaic import mosaic
 
+MOST_REPLACED = 32
+"""Images in a row that cannot be read before a tolerant data set gives up: the disk is gone, not a picture."""
+
 
 class Draw(NamedTuple):
     """What a sampler asks for: image ``index`` in ``epoch``, for the ``repeat``-th time in that epoch (from 0).
@@ -51,13 +55,15 @@ class Draw(NamedTuple):
 @dataclass
 class Sample:
     """One item. ``image`` uint8 (H, W, 3) RGB contiguous; ``labels`` float32 (n, 5): class, cx, cy, w, h in 0..1;
-    ``letterbox`` maps boxes back to the file, None for mosaics and warped images; ``draw`` is what was asked for."""
+    ``letterbox`` maps boxes back to the file, None for mosaics and warped images; ``draw`` is what was asked for;
+    ``skipped``: why images that should be in it are not (see ``tolerant`` of :class:`DetectionDataset`)."""
 
     image: np.ndarray
     labels: np.ndarray
     path: str
     letterbox: Letterbox | None
     draw: Draw
+    skipped: tuple[str, ...] = ()
 
 
 class DetectionDataset(Dataset):
@@ -70,6 +76,8 @@ class DetectionDataset(Dataset):
     cache: '', 'ram' or 'disk'. single_cls: all classes become 0. nc or names: to check class numbers.
     strict: the first fault in the data is an error. require_labels: no boxes at all is an error (default: augment).
     close_mosaic_epoch: first epoch (from 0) without mosaic and mixup, None for never.
+    tolerant: an image that was fine at the start and cannot be read now (moved, cut short, replaced) is no error: a
+    training sample is drawn for the next image instead, an evaluation sample becomes a grey image without labels.
 
     Raises DataError, see :func:`utils.label_cache.scan_labels`.
 
@@ -97,6 +105,7 @@ class DetectionDataset(Dataset):
         prefix: str = "",
         seed: int = 0,
         close_mosaic_epoch: int | None = None,
+        tolerant: bool = False,
         show: bool = True,
     ) -> None:
         self.nc = 1 if single_cls else nc if nc is not None else len(names) if names is not None else None
@@ -110,7 +119,7 @@ class DetectionDataset(Dataset):
             index = index.reorder(order)
         self.index, self.imgsz, self.rect, self.batch_size = index, imgsz, rect, batch_size
         self.hyp, self.augment, self.seed = hyp or Hyp(), augment, seed % (1 << 32)
-        self.close_mosaic_epoch = close_mosaic_epoch
+        self.close_mosaic_epoch, self.tolerant = close_mosaic_epoch, tolerant
         self.epoch = 0
         self.resized = resized_shapes(index.sizes, imgsz)
         variant = "linear" if augment else "area"
@@ -170,7 +179,33 @@ class DetectionDataset(Dataset):
         draw = item if isinstance(item, Draw) else Draw(self.epoch, int(item))
         if not 0 <= draw.index < len(self):
             raise IndexError(draw.index)
-        return self._training_sample(draw) if self.augment else self._evaluation_sample(draw)
+        make = self._training_sample if self.augment else self._evaluation_sample
+        if not self.tolerant:
+            return make(draw)
+        try:
+            return make(draw)
+        except DataError as error:
+            return self._replacement(draw, str(error))
+
+    def _replacement(self, draw: Draw, reason: str) -> Sample:
+        """A sample for one whose image cannot be read any more; the reasons travel with it."""
+        if not self.augment:
+            frame = self._frame(draw.index)
+            height, width = (frame, frame) if isinstance(frame, int) else frame
+            grey = np.full((height, width, 3), GREY, np.uint8)
+            w0, h0 = map(int, self.shapes[draw.index])
+            box = Letterbox((h0, w0), (width / w0, height / h0), (0.0, 0.0))
+            return Sample(grey, np.zeros((0, 5), np.float32), self.path(draw.index), box, draw, (reason,))
+        skipped = [reason]
+        for step in range(1, min(len(self), MOST_REPLACED)):
+            try:
+                sample = self._training_sample(draw._replace(index=(draw.index + step) % len(self)))
+            except DataError as error:
+                skipped.append(str(error))
+                continue
+            sample.skipped = tuple(dict.fromkeys(skipped))
+            return sample
+        raise DataError(f"{reason}; {len(skipped)} images in a row cannot be read: is the data set still there?")
 
     def _frame(self, index: int) -> int | tuple[int, int]:
         if self.batch_shapes is None:

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 def first_not_finite(model: nn.Module, images: Tensor) -> str | None:
     """Where ``model`` first meets a NaN or an infinity for these images, in words; None when all of it is finite.
 
-    Weights and statistics come first (an earlier step broke them), in module order; then the images; then the outputs
-    of one forward pass, in the order in which modules without children compute them. The pass runs in the model's own
-    mode, so BatchNorm statistics move: not for a model that is to be used any further.
+    Weights come first (an earlier step broke them), in module order; then the images; then the outputs of one forward
+    pass, in the order in which modules without children compute them. The pass runs in the model's own mode, so
+    BatchNorm statistics move: not for a model that is to be used any further. In training mode those statistics are
+    not looked at, since no output comes from them.
     """
-    for name, value in [*model.named_parameters(), *model.named_buffers()]:
-        if value.is_floating_point() and not _finite(value):
+    for name, value in model.named_parameters():
+        if not _finite(value):
             return f"{name} itself is not finite (an earlier step broke it)"
     if not _finite(images):
         return "the images themselves are not finite"

@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch import nn
 
+from engine.epoch import Learner
 from models.yolo import DetectionModel
 from tests.fill import fill, uniform
 from utils.config import Hyp
+from utils.dist import World
 from utils.ema import ModelEMA
 from utils.loss import DetectionLoss
 from utils.optim import build_optimizer
@@ -54,3 +56,19 @@ def test_steps_are_upstreams(name: str, steps: int, rtol: float, sum_rtol: float
         }
         sums = {key: value.double().sum().item() for key, value in found.items()}
         assert sums == pytest.approx({key: expected[key] for key in sums}, rel=sum_rtol, abs=1e-6)
+
+
+@pytest.mark.parametrize("fused", [True, None])
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_a_step_with_a_nan_gradient_leaves_the_weights(kind: type, fused: bool | None) -> None:
+    """So that the layer that broke can still be found; the fused kernels decide on the device."""
+    model = torch.nn.Linear(3, 2)
+    learner = Learner(
+        model, None, kind(model.parameters(), lr=0.1, fused=fused), None, torch.amp.GradScaler("cpu", enabled=False),
+        None, torch.device("cpu"), World(),
+    )  # fmt: skip
+    for value, moves in ((1.0, True), (float("nan"), False), (float("inf"), False), (1.0, True)):
+        before = model.weight.clone()
+        (model(torch.ones(1, 3)).sum() * value).backward()
+        assert torch.isfinite(learner.step()) == moves
+        assert torch.isfinite(model.weight).all() and (not torch.equal(model.weight, before)) == moves

@@ -83,6 +83,12 @@ def check(data: Path) -> list[str]:
     return ["train.py", "--data", str(data), "--check-data"]
 
 
+def val(folder: Path, data: Path) -> list[str]:
+    """An evaluation without pictures."""
+    flags = ["--weights", str(weights(folder)), "--data", str(data), "--workers", "0", "--batch", "2", "--noplots"]
+    return ["val.py", *flags, "--project", str(folder / "runs"), *_CPU]
+
+
 def detect(folder: Path, source: str | Path, *more: str, names: tuple[str, ...] = NAMES) -> list[str]:
     """Detection that leaves every kind of file."""
     flags = ["--weights", str(weights(folder, names)), "--source", str(source), "--conf", "0", "--max-det", "40"]
@@ -351,8 +357,7 @@ def _thin(folder: Path) -> list[str]:
 def _val_bomb(folder: Path) -> list[str]:
     data = dataset(folder)
     (data.parent / "images" / "val" / "bomb.png").write_bytes(png_header(60_000, 60_000))
-    flags = ["--weights", str(weights(folder)), "--data", str(data), "--workers", "0", "--batch", "2"]
-    return ["val.py", *flags, "--project", str(folder / "runs"), *_CPU]
+    return val(folder, data)
 
 
 PICTURES = [
@@ -535,26 +540,68 @@ def npy(shape: str, dtype: str = "'|u1'", data: bytes = b"") -> bytes:
     return b"\x93NUMPY\x01\0" + struct.pack("<H", len(head)) + head.encode() + data
 
 
-def bad_caches(folder: Path) -> dict[str, bytes]:
-    """Label caches: a pickle, a zip bomb, giant claims, a climb out of the archive."""
+def good_cache(data: Path) -> bytes:
+    """The label cache of a data set's val split, as a scan writes it."""
+    from utils.label_cache import scan_labels
+
+    scan_labels(data.parent / "images" / "val", len(NAMES), show=False)
+    return (data.parent / "labels" / "val.cache.npz").read_bytes()
+
+
+def bad_caches(folder: Path, good: bytes) -> dict[str, bytes]:
+    """A good label cache with one thing changed."""
     pickle = f"cposix\nsystem\n(S'touch {folder / PWNED}'\ntR.".encode()
-    return {
-        "pickle": _zip({"meta.npy": npy("(1,)", "'|O'", pickle)}),
-        "bomb": _zip({"meta.npy": npy(f"({1 << 31},)", data=bytes(1 << 26))}, zipfile.ZIP_DEFLATED),
-        "claim": _zip({"meta.npy": npy(f"({1 << 62},)")}),
-        "climb": _zip({"../../../pwned": b"x", "meta.npy": npy("(2,)", data=b"{}")}),
-        "deep": _zip({"meta.npy": npy("(100000,)", data=b"[" * 100_000)}),
-        "plain pickle": pickle,
+    with zipfile.ZipFile(io.BytesIO(good)) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    labels = np.lib.format.read_array(io.BytesIO(members["labels.npy"]))
+    labels[0, 0] = 1e9
+    meta = np.lib.format.read_array(io.BytesIO(members["meta.npy"]))
+    offsets = f"({len(labels) + 1},)"
+    changed = {
+        "pickle": {"meta.npy": npy("(1,)", "'|O'", pickle)},
+        "giant claim": {"points.npy": npy(f"({1 << 60}, 2)", "'<f4'")},
+        "JSON 100,000 deep": {"meta.npy": npy("(100000,)", data=b"[" * 100_000)},
+        "class 1e9": {"labels.npy": npy(str(labels.shape), "'<f4'", labels.tobytes())},
+        "offsets out of bounds": {
+            "point_offsets.npy": npy(offsets, "'<i8'", bytes(8 * len(labels)) + b"\xff" * 7 + b"\x7f")
+        },
+        "notes of another kind": {
+            "meta.npy": npy(f"({len(meta)},)", data=meta.tobytes().replace(b"[", b"{", 1)[: len(meta)])
+        },
     }
+    files = {kind: _zip({**members, **change}) for kind, change in changed.items()}
+    bomb = {**members, "points.npy": npy(f"({1 << 28}, 2)", "'<f4'", bytes(1 << 26))}
+    return {**files, "zip bomb": _zip(bomb, zipfile.ZIP_DEFLATED), "plain pickle": pickle}
+
+
+CACHE_KINDS = (
+    "pickle",
+    "giant claim",
+    "JSON 100,000 deep",
+    "class 1e9",
+    "offsets out of bounds",
+    "notes of another kind",
+)
+CACHE_KINDS += ("zip bomb", "plain pickle")
 
 
 def _cache(kind: str) -> Callable[[Path], list[str]]:
     def build(folder: Path) -> list[str]:
         data = dataset(folder)
-        (data.parent / "labels" / "train.cache.npz").write_bytes(bad_caches(folder)[kind])
-        return check(data)
+        bad = bad_caches(folder, good_cache(data))[kind]
+        (data.parent / "labels" / "val.cache.npz").write_bytes(bad)
+        return val(folder, data)
 
     return build
+
+
+def _climbing_cache(folder: Path) -> list[str]:
+    data = dataset(folder)
+    with io.BytesIO(good_cache(data)) as file:
+        with zipfile.ZipFile(file, "a") as archive:
+            archive.writestr(f"../../../{PWNED}", b"x")
+        (data.parent / "labels" / "val.cache.npz").write_bytes(file.getvalue())
+    return val(folder, data)
 
 
 def _old_run(folder: Path, change: Callable[[Path], None]) -> list[str]:
@@ -573,10 +620,8 @@ def _links(run: Path) -> None:
     (run / "predictions.csv").symlink_to(victim / "mine.txt")
 
 
-CACHES = [
-    Hostile(f"label cache: {kind}", _cache(kind), "damaged or of another version", 0)
-    for kind in ("pickle", "bomb", "claim", "climb", "deep", "plain pickle")
-]
+CACHES = [Hostile(f"label cache: {kind}", _cache(kind), "damaged or of another version", 0) for kind in CACHE_KINDS]
+CACHES.append(Hostile("label cache: a member ../../../pwned", _climbing_cache, "Results saved", 0))
 CACHES.append(Hostile("run folder: links that lead out", lambda f: _old_run(f, _links), "link"))
 
 HOSTILE = [*YAML, *CLASS_NAMES, *PICTURES, *LABELS, *LISTS, *SOURCES, *CACHES]

@@ -6,11 +6,11 @@ import random
 import tempfile
 from pathlib import Path
 
-from scripts.faults.hostile import bad_caches, dataset
+from scripts.faults.hostile import bad_caches, dataset, good_cache
 from scripts.fuzz.fuzz_labels import check_result
 from scripts.fuzz.rounds import Counts, mutate, run_round
 from utils.errors import DataError
-from utils.label_cache import read_cache, scan_labels
+from utils.label_cache import read_cache
 from utils.npz import NPZ_DAMAGE
 
 WORDS = [
@@ -43,9 +43,8 @@ def run(inputs: int, seed: int) -> Counts:
     """Read ``inputs`` mutated caches."""
     with tempfile.TemporaryDirectory() as folder:
         data = dataset(Path(folder))
-        scan_labels(data.parent / "images" / "train", 6, show=False)
-        corpus = [(data.parent / "labels" / "train.cache.npz").read_bytes()]
-        corpus += [c for c in bad_caches(Path(folder)).values() if len(c) < 100_000]
+        good = good_cache(data)
+        corpus = [good, *(c for c in bad_caches(Path(folder), good).values() if len(c) < 90_000)]
         file = Path(folder) / "fuzz.npz"
 
         def make(rng: random.Random) -> bytes:

@@ -117,11 +117,13 @@ class _ZipFile:
 
     def _bytes(self, name: str) -> bytearray:
         """An entry's content; its length is no more than the file's, its checksum is compared."""
-        content, entry = bytearray(), self.entries[name]
+        entry = self.entries[name]
+        content, at = bytearray(entry.file_size), 0
         with self.archive.open(entry) as stream:
             while block := stream.read(1 << 20):
-                content += block
-        if len(content) != entry.file_size:
+                content[at : at + len(block)] = block
+                at += len(block)
+        if at != entry.file_size:
             raise zipfile.BadZipFile
         return content
 

@@ -48,11 +48,11 @@ class Storage:
         self.flat = flat
 
 
-def flat_tensor(data: bytearray | memoryview | bytes, dtype: torch.dtype) -> Tensor:
-    """A one-dimensional tensor with its own memory."""
-    if not len(data):
+def flat_tensor(data: bytearray | bytes, dtype: torch.dtype) -> Tensor:
+    """A one-dimensional tensor of these numbers; it takes over the memory of a bytearray and copies bytes."""
+    if not data:
         return torch.empty(0, dtype=dtype)
-    raw = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    raw = torch.frombuffer(data if isinstance(data, bytearray) else bytearray(data), dtype=torch.uint8)
     return raw != 0 if dtype is torch.bool else raw.view(dtype)  # other bytes than 0 and 1 are no booleans
 
 

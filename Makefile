@@ -4,7 +4,7 @@ VENV   ?= .venv
 PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 
-.PHONY: setup demo test test-gpu lint format bench fuzz clean
+.PHONY: setup demo test test-gpu lint format bench fuzz faults clean
 
 setup: $(STAMP)
 
@@ -43,6 +43,9 @@ fuzz: setup
 	$(PY) -m scripts.fuzz yaml --inputs 20000
 	$(PY) -W ignore -m scripts.fuzz images --inputs 100000 2>/dev/null
 	$(PY) -m scripts.fuzz caches --inputs 20000
+
+faults: setup
+	$(PY) -m scripts.faults
 
 clean:
 	rm -rf runs .pytest_cache .ruff_cache

@@ -9,26 +9,22 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
-from scripts.faults.hostile import PWNED, Hostile
+from scripts.faults.hostile import HOSTILE, PWNED, Hostile
+from scripts.faults.outcome import Outcome
 from utils.files import ROOT
 
 SECONDS, MEGABYTES = 120, 6000
 """More than these, and the attack has succeeded. An idle training takes some 800 MB."""
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """``line``: what was said about it. ``broken``: promises that did not hold, empty when all did."""
-
-    name: str
-    status: int
-    line: str
-    seconds: float
-    megabytes: int
-    broken: tuple[str, ...]
+def rows(only: str = "") -> Iterator[Outcome]:
+    """Run the attacks whose names match ``only``."""
+    for case in HOSTILE:
+        if re.search(only, case.name):
+            yield run_attack(case)
 
 
 def run_attack(case: Hostile) -> Outcome:

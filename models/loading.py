@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from models.ensemble import Ensemble
 from models.parser import described_values
-from models.spec import read_spec
+from models.spec import ModelSpec, read_spec
 from models.surgery import fuse as fuse_norms
 from models.upstream import Upstream, differences, read_weights
 from models.yolo import DetectionModel
@@ -137,17 +137,17 @@ def build_described(
     Raises CheckpointError, naming the file, for a description that is missing, faulty or of a far larger model than the
     file has weights for.
     """
-    description = _description(checkpoint)
+    description, own_nc = _description(checkpoint), checkpoint.meta.get("nc")
     try:
-        _check_size(checkpoint, description)
-        return DetectionModel(description, nc=checkpoint.meta.get("nc") if nc is None else nc, anchors=anchors)
+        _check_size(checkpoint, read_spec(description, nc=own_nc))
+        return DetectionModel(description, nc=own_nc if nc is None else nc, anchors=anchors)
     except ConfigError as error:
         raise CheckpointError(f"{checkpoint.path}: {error}") from None
 
 
-def _check_size(checkpoint: Checkpoint, description: dict) -> None:
+def _check_size(checkpoint: Checkpoint, spec: ModelSpec) -> None:
     """The description is text of the file: a few words of it could ask for all memory. Counted without allocating."""
-    described = described_values(read_spec(description))
+    described = described_values(spec)
     held = sum(value.numel() for value in checkpoint.model.values())
     if described > 2 * held + 1_000_000:
         raise CheckpointError(
@@ -202,9 +202,11 @@ def _transfer(model: nn.Module, checkpoint: Checkpoint, keep_anchors: bool) -> L
 
 
 def _named(names: Mapping[int, str] | Sequence[str], nc: int, source: str) -> dict[int, str]:
-    pairs = names.items() if isinstance(names, Mapping) else enumerate(names)
+    pairs = names.items() if isinstance(names, Mapping) else enumerate(names if isinstance(names, Sequence) else ())
     # weights come from anywhere: what cannot be a class name is shown, not refused, so that the weights can be used
-    named = {int(number): printable(str(name)[:MAX_NAME]) for number, name in pairs}
+    named = {number: printable(str(name)[:MAX_NAME]) for number, name in pairs}
+    if not all(type(number) is int for number in named):
+        raise ConfigError(f"{source}: class names must be numbered 0..{nc - 1}")
     if sorted(named) != list(range(nc)):
         raise ConfigError(f"{source}: {len(named)} class names for {nc} classes; they must be numbered 0..{nc - 1}")
     return dict(sorted(named.items()))

@@ -142,7 +142,8 @@ def _state_dict(path: Path, modules: Mapping[str, Record]) -> dict[str, Tensor]:
     ``anchor_grid``, which releases before 6.1 stored."""
     state: dict[str, Tensor] = {}
     for prefix, module in modules.items():
-        passing = module.state.get("_non_persistent_buffers_set", ())
+        passing = module.state.get("_non_persistent_buffers_set")
+        passing = passing if isinstance(passing, (set, list, tuple)) else ()
         for group in ("_parameters", "_buffers"):
             entries = module.state.get(group)
             for name, value in entries.items() if isinstance(entries, dict) else ():
@@ -210,7 +211,7 @@ def _plain(value: Any) -> Any:
 def _names(names: Any, nc: Any) -> dict[int, str] | None:
     """{class: name}; older files have a list. None when they do not fit, so that numbers stand in."""
     pairs = dict(enumerate(names)) if isinstance(names, (list, tuple)) else names
-    if not isinstance(pairs, dict) or not isinstance(nc, int) or set(pairs) != set(range(nc)):
+    if not isinstance(pairs, dict) or len(pairs) != nc or not all(type(k) is int and 0 <= k < nc for k in pairs):
         return None
     return {key: name if isinstance(name, str) else f"class{key}" for key, name in sorted(pairs.items())}
 

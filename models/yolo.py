@@ -48,8 +48,8 @@ class DetectionModel(nn.Module):
         super().__init__()
         read = read_spec(spec, ch, nc, anchors)
         self.yaml_file, self.yaml, self.nc = read.name, read.yaml, read.nc
-        self.names = {number: str(number) for number in range(read.nc)}
         self.model, self.layers = parse_model(read)
+        self.names = {number: str(number) for number in range(read.nc)}
         self.save = sorted(i for layer in self.layers for i in layer.kept)
         strides = self._measure_strides(read.ch)
         self.detect.set_anchors(self.layers[-1].args[1], strides)
@@ -102,12 +102,11 @@ def _gather(layer: Layer, previous: Tensor, kept: dict[int, Tensor]) -> Tensor |
 
 
 def _probe(module: nn.Module, layer: Layer, x: Tensor | list[Tensor]) -> Tensor:
-    values = largest_map(module, x if isinstance(x, list) else [x])
-    if values > MAX_MAP:
-        raise ConfigError(
-            f"{layer.where}: layer {layer.index} makes a map of {values:,} values of a {STRIDE_PROBE}-pixel image"
-        )
     try:
+        values = largest_map(module, x if isinstance(x, list) else [x])
+        if values > MAX_MAP:
+            place = f"{layer.where}: layer {layer.index}"
+            raise ConfigError(f"{place} makes a map of {values:,} values of a {STRIDE_PROBE}-pixel image")
         return module(x)
     except (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError) as error:  # shapes that do not fit
         shapes = [tuple(t.shape) for t in (x if isinstance(x, list) else [x])]

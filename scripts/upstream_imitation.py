@@ -6,6 +6,7 @@ class exists only as such a name, :func:`imitate` turns one of our models into a
 
 from __future__ import annotations
 
+import copy
 import io
 import pickle
 import types
@@ -48,8 +49,15 @@ def imitate(
     model: nn.Module, classes: Mapping[str, str] | None = None, half: bool = True, hooks: bool = True, **attributes: Any
 ) -> Any:
     """``model`` as YOLOv5 would pickle it. ``classes``: other names of classes by our bare ones, e.g.
-    ``{"DetectionModel": "models.yolo.Model"}``; ``attributes``: more or other attributes of the model itself (None takes one away)."""
-    root = {"nc": model.nc, "names": list(model.names.values()), "yaml": model.yaml, "stride": model.stride, "hyp": {}}
+    ``{"DetectionModel": "models.yolo.Model"}``; ``attributes``: more or other attributes of the model itself
+    (None takes one away)."""
+    root = {
+        "nc": model.nc,
+        "names": list(model.names.values()),
+        "yaml": copy.deepcopy(model.yaml),
+        "stride": model.stride,
+        "hyp": {},
+    }
     root.update({"save": model.save, "inplace": True, **attributes})
     tree = _module(model, dict(classes or {}), half, hooks)
     tree.__dict__.pop("layers", None)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from utils.errors import CheckpointError
 from utils.files import atomic_open
-from utils.pickle_records import Record, records, show
+from utils.pickle_records import Named, Record, records, show, walk
 from utils.torch_file import read_torch_file
 
 FORMAT = 1
@@ -145,11 +145,24 @@ def as_checkpoint(path: Path, content: Any) -> Checkpoint:
         and isinstance(meta, dict)
         and (train is None or isinstance(train, dict))
     )
-    foreign = next(records({"meta": meta, "train": train}), None)
-    if not sound or foreign is not None:
-        what = "its parts have unexpected types" if foreign is None else f"it holds an object, {show(foreign.name)}"
-        raise CheckpointError(f"{path}: not a checkpoint of this program ({what})")
+    odd = _first_odd(meta, _PLAIN) or _first_odd(train, (*_PLAIN, Tensor))
+    if not sound or odd:
+        raise CheckpointError(f"{path}: not a checkpoint of this program ({odd or 'its parts have unexpected types'})")
     return Checkpoint(path, model, meta, train)
+
+
+_PLAIN = (type(None), bool, int, float, str, dict, list, tuple)
+
+
+def _first_odd(content: Any, allowed: tuple[type, ...]) -> str:
+    """What in ``content`` is of another type, or an empty text."""
+    for value in walk(content):
+        if not isinstance(value, allowed):
+            named = isinstance(value, (Record, Named))
+            return f"it holds an object, {show(value.name if named else type(value).__name__)}"
+        if isinstance(value, dict) and not all(isinstance(key, (str, int, float)) for key in value):
+            return "a key in it is neither text nor a number"
+    return ""
 
 
 def _what(content: Any) -> str:

@@ -487,23 +487,23 @@ def _children(value: Any) -> Iterable[Any]:
     return ()
 
 
-def records(root: Any) -> Iterator[Record]:
-    """The Records anywhere in a value, outermost first; also those in place of a class, an object of which is missing.
-
-    Each part is looked at once, however often it is used.
-    """
+def walk(root: Any) -> Iterator[Any]:
+    """``root`` and everything in it, outermost first; each part once, however often it is used."""
     seen: set[int] = set()
     waiting = [root]
     while waiting:
         value = waiting.pop()
-        if id(value) in seen or not isinstance(value, (dict, list, tuple, Record, Named)):
-            continue
-        seen.add(id(value))
-        if isinstance(value, Named):
-            yield Record(value.name)
-        elif isinstance(value, Record):
+        if id(value) not in seen:
+            seen.add(id(value))
             yield value
-        waiting.extend(reversed(list(_children(value))))
+            waiting.extend(reversed(list(_children(value))))
+
+
+def records(root: Any) -> Iterator[Record]:
+    """The Records anywhere in a value, also one for each class that is named without an object."""
+    for value in walk(root):
+        if isinstance(value, (Record, Named)):
+            yield value if isinstance(value, Record) else Record(value.name)
 
 
 def _check_tree(root: Any) -> None:

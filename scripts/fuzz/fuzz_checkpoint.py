@@ -6,11 +6,14 @@ storages are damaged, spliced with each other or with hostile pieces; and pickle
 
 from __future__ import annotations
 
+import copy
 import functools
 import io
 import pickle
 import random
+import resource
 import struct
+import sys
 import tarfile
 import zipfile
 from pathlib import Path
@@ -21,7 +24,7 @@ from models.loading import fill_described
 from models.upstream import from_content
 from models.yolo import DetectionModel
 from scripts.fuzz.rounds import Counts, mutate, run_round
-from scripts.upstream_imitation import checkpoint, imitate, write
+from scripts.upstream_imitation import checkpoint, imitate, stand_in, write
 from utils.errors import CheckpointError
 from utils.pickle_records import Refused
 from utils.torch_file import read_torch_stream
@@ -34,6 +37,8 @@ TINY = {
     "backbone": [[-1, 1, "Conv", [8, 3, 8]], [-1, 1, "DCN", [8, 3]]],
     "head": [[[1], 1, "Detect", ["nc", "anchors"]]],
 }
+MEMORY = 700
+"""MB that the reader may take beyond what the process holds at the start, whatever the file."""
 NAMES = (b"posix\nsystem", b"builtins\neval", b"builtins\ngetattr", b"torch\nload", b"collections\nOrderedDict")
 NAMES += (b"torch._utils\n_rebuild_tensor_v2", b"torch._utils\n_rebuild_parameter", b"numpy\ndtype", b"builtins\nset")
 NAMES += (b"pathlib\nPosixPath", b"models.yolo\nDetect", b"torch\nFloatStorage", b"_codecs\nencode", b"torch\nSize")
@@ -57,15 +62,30 @@ ONE_BYTE = [code for code in vars(pickle).values() if isinstance(code, bytes) an
 WORDS += ONE_BYTE
 
 
+ODD_VALUES = [None, True, -1, 0, 10**9, 2**62, 1e308, float("nan"), "", "x" * 300, "nc", b"x", [], {}, (), (1, 2)]
+ODD_VALUES += [{"a": 1}, {0: "x"}, [[-1, 1, "Conv", [8, 3]]], [[1, 2], [3]], torch.zeros(2), torch.ones(1, 3), {"x"}]
+ODD_VALUES += [torch.tensor(1), torch.zeros(1, 2, 2), stand_in("a.B", {"c": 1}), type("Named", (), {}), ["Conv"]]
+
+
+@functools.cache
+def network() -> DetectionModel:
+    """The model of all inputs."""
+    torch.manual_seed(0)
+    return DetectionModel(TINY).eval()
+
+
+def own() -> dict:
+    """A checkpoint of this program."""
+    meta = {"yaml": copy.deepcopy(TINY), "nc": 1, "names": {0: "a"}, "stride": [8.0]}
+    return {"format": 1, "model": network().state_dict(), "meta": meta, "train": None}
+
+
 @functools.cache
 def seeds() -> list[bytes]:
     """Whole files: ours, YOLOv5's in both forms, a bare state dict, a tar."""
-    torch.manual_seed(0)
-    model = DetectionModel(TINY).eval()
-    copy = imitate(model, hooks=False)
-    own = {"format": 1, "model": model.state_dict(), "meta": {"yaml": TINY, "nc": 1, "names": {0: "a"}}, "train": None}
-    files = [write(io.BytesIO(), own), write(io.BytesIO(), checkpoint(copy))]
-    files += [write(io.BytesIO(), content, zipped=False) for content in (own, checkpoint(copy), model.state_dict())]
+    theirs = checkpoint(imitate(network(), hooks=False))
+    files = [write(io.BytesIO(), own()), write(io.BytesIO(), theirs)]
+    files += [write(io.BytesIO(), content, zipped=False) for content in (own(), theirs, network().state_dict())]
     return [file.getvalue() for file in files] + [old_tar()]
 
 
@@ -106,7 +126,9 @@ def archives() -> list[dict[str, bytes]]:
 def make(rng: random.Random) -> bytes:
     """One input."""
     kind = rng.random()
-    if kind < 0.25:
+    if kind < 0.1:
+        return confused(rng)
+    if kind < 0.3:
         return damaged(rng, rng.choice(seeds()))
     entries = dict(rng.choice(archives()))
     root = next(name for name in entries if name.endswith("data.pkl"))
@@ -132,6 +154,37 @@ def zipped(entries: dict[str, bytes]) -> bytes:
 def damaged(rng: random.Random, data: bytes) -> bytes:
     """``data`` with up to four changes."""
     return mutate(rng, [data], WORDS, most=4)
+
+
+def confused(rng: random.Random) -> bytes:
+    """A sound file with a few values, anywhere in it, replaced by some of another kind."""
+    content = checkpoint(imitate(network(), hooks=False)) if rng.random() < 0.8 else own()
+    for _ in range(rng.randint(1, 3)):
+        at = content
+        for _ in range(rng.randint(0, 9)):  # step down, while there is something below
+            below = [value for value in entries_of(at).values() if len(entries_of(value))]
+            if not below:
+                break
+            at = rng.choice(below)
+        inside = entries_of(at)
+        key = rng.choice(list(inside)) if inside else "x"
+        value = rng.choice(ODD_VALUES)
+        if isinstance(at, list):
+            at[key:] = [value, *at[key + 1 :]] if inside else [value]
+        elif isinstance(at, dict):
+            at[key] = value
+        elif hasattr(at, "__dict__"):
+            vars(at)[key] = value
+    return write(io.BytesIO(), content, zipped=rng.random() < 0.5).getvalue()
+
+
+def entries_of(value: object) -> dict:
+    """What a value holds: entries of a dict or list, attributes of an object."""
+    if isinstance(value, dict):
+        return value
+    if isinstance(value, list):
+        return dict(enumerate(value))
+    return vars(value) if type(value).__module__ not in ("builtins", "torch", "torch.nn.parameter") else {}
 
 
 def random_pickle(rng: random.Random) -> bytes:
@@ -173,4 +226,14 @@ def attempt(data: bytes) -> None:
 
 def run(inputs: int, seed: int) -> Counts:
     """Feed the reader with ``inputs`` files."""
-    return run_round(make, attempt, inputs, seed)
+    before = peak_memory()
+    counts = run_round(make, attempt, inputs, seed)
+    grown = peak_memory() - before
+    if grown > MEMORY:
+        counts.crashes.append(f"memory grew by {grown:,} MB")
+    return counts
+
+
+def peak_memory() -> int:
+    """MB that this process has held at most so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (2**20 if sys.platform == "darwin" else 2**10)

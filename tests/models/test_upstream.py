@@ -373,3 +373,25 @@ def test_what_convert_refuses(nano: DetectionModel, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--output"):
         main([str(bare)])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bare.pt", "ours.pt"]
+
+
+ODD_META = [("nc", 10**9, "describes a model|parameters"), ("names", 7, "0 class names for 3 classes")]
+ODD_META += [("names", {"a": "b"}, "must be numbered 0..2"), ("yaml", [1], "without a model description")]
+
+
+@pytest.mark.parametrize(("key", "value", "words"), ODD_META)
+def test_what_a_file_of_ours_says_is_checked_too(key: str, value: object, words: str, nano, tmp_path: Path) -> None:
+    meta = {"yaml": nano.yaml, "nc": 3, "names": nano.names, key: value}
+    path = write(tmp_path / "a.pt", {"format": 1, "model": nano.state_dict(), "meta": meta, "train": None})
+    with pytest.raises((CheckpointError, ConfigError), match=words):
+        load_model(path)
+
+
+def test_objects_in_a_file_of_ours_are_named(nano: DetectionModel, tmp_path: Path) -> None:
+    for value, words in [
+        (stand_in("a.B"), "an object, a.B"),
+        (torch.ones(1), "an object, Tensor"),
+        ({1}, "object, set"),
+    ]:
+        content = {"format": 1, "model": nano.state_dict(), "meta": {"x": [value]}, "train": None}
+        assert words in refusal(write(tmp_path / "a.pt", content))

@@ -124,7 +124,7 @@ class Hyp:
                 try:
                     value = float(value)
                 except ValueError:
-                    raise ConfigError(f"{where(key)}: {key}: expected a number, found '{value}'") from None
+                    raise ConfigError(f"{where(key)}: {key}: expected a number, found {value[:40]!r}") from None
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
                 raise ConfigError(f"{where(key)}: {key}: expected a number, found {value!r}")
             low, high = _HYP_RANGES.get(key, (0, math.inf))
@@ -258,7 +258,9 @@ def _dataset_root(data: YamlFile) -> Path:
     given = data.get("path")
     if given in (None, ""):
         return folder
-    path = Path(str(given)).expanduser()
+    if "\0" in str(given):
+        raise DataError(f"{data.where('path')}: path: {given!r}: a name cannot hold a zero byte")
+    path = Path(os.path.expanduser(str(given)))  # an unknown ~user stays as it is, and is not found
     tried = (
         [path]
         if path.is_absolute()
@@ -312,6 +314,9 @@ def _without_dots(path: Path) -> Path:
 
 DCN_BACKENDS = ("auto", "triton", "torchvision")
 """What --dcn-backend may be: models.ops.deform_conv.BACKENDS, for where torch is not imported."""
+
+
+MAX_LAYERS = 10_000
 
 
 @dataclass(frozen=True)
@@ -385,7 +390,10 @@ class TrainConfig:
             ),
             (self.close_mosaic >= 0, f"--close-mosaic {self.close_mosaic}: 0 or more epochs"),
             (self.clip_grad >= 0, f"--clip-grad {self.clip_grad}: 0 (off) or more"),
-            (all(f >= 0 for f in self.freeze), f"--freeze {self.freeze}: layer numbers are 0 or more"),
+            (
+                all(0 <= f <= MAX_LAYERS for f in self.freeze),
+                f"--freeze {self.freeze}: layer numbers are 0 or more, at most {MAX_LAYERS}",
+            ),
             (
                 bool(self.name) and self.name not in (".", "..") and "/" not in self.name,
                 f"--name {self.name!r}: a plain folder name",

@@ -138,7 +138,7 @@ def check_image(path: str | Path, min_side: int = 10) -> tuple[int, int]:
     return width, height
 
 
-def _png_chunks_join(file: io.BufferedReader) -> bool:
+def _png_chunks_join(file: io.BufferedReader | io.BytesIO) -> bool:
     """Whether the chunks of a PNG follow each other up to IEND; only their heads are read (PNG 3rd edition, 5.3)."""
     position = len(_PNG_START)
     while True:
@@ -146,9 +146,10 @@ def _png_chunks_join(file: io.BufferedReader) -> bool:
         head = file.read(8)
         if len(head) < 8 or not head[4:].isalpha():
             return False
+        length = int.from_bytes(head[:4], "big")
         if head[4:] == b"IEND":
-            return True
-        position += 12 + int.from_bytes(head[:4], "big")
+            return length == 0
+        position += 12 + length
 
 
 def list_images(sources: str | Path | Iterable[str | Path]) -> list[str]:
@@ -340,7 +341,8 @@ def _is_complete(data: bytes) -> bool:
             return True
         scan = data.rfind(b"\xff\xda")  # after the last start of scan the end mark can only be itself
         return data.find(_JPEG_END, max(scan, 0)) > 0
-    return not data.startswith(_PNG_START) or b"IEND" in data[-4096:] or b"IEND" in data
+    # OpenCV takes as much memory as a chunk says it is long: 4 GB, for a file of a kilobyte
+    return not data.startswith(_PNG_START) or _png_chunks_join(io.BytesIO(data))
 
 
 def _turn(image: np.ndarray, orientation: int) -> np.ndarray:

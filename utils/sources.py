@@ -125,7 +125,7 @@ def list_files(text: str) -> list[str]:
         if suffix_of(text) in VIDEO_SUFFIXES:
             return [text]
         raise SourceError(f"{text}: pictures are not downloaded; fetch it first (curl -O URL) and give the file")
-    path = Path(text).expanduser()
+    path = Path(os.path.expanduser(text))
     if path.is_dir():
         return _in_folder(path)
     if path.is_file():

@@ -310,6 +310,8 @@ def bad_pictures(folder: Path) -> dict[str, bytes]:
     return {
         "bomb.png": png_header(60_000, 60_000),
         "claims.png": png_header(2**31 - 1, 2**31 - 1),
+        "chunk.png": png_header(64, 64)[:33] + b"\xff\xff\xff\xfftEXt" + png_header(64, 64)[33:],
+        "end.png": png_header(64, 64)[:-12] + b"\xff\xff\xff\xffIEND" + bytes(4),
         "line.png": png_header(2_000_000, 12),
         "bomb.jpg": jpeg_header(65_500, 65_500),
         "bomb.tif": tiff_header(60_000, 60_000),
@@ -361,9 +363,9 @@ def _val_bomb(folder: Path) -> list[str]:
 
 
 PICTURES = [
-    Hostile("pictures: 14 bombs, cuts and scripts, train", lambda f: train(f, _pictures_set(f)), "14 corrupt", 0),
+    Hostile("pictures: 16 bombs, cuts and scripts, train", lambda f: train(f, _pictures_set(f)), "16 corrupt", 0),
     Hostile("pictures: the same, --check-data", lambda f: check(_pictures_set(f)), "178,956,970 pixels", 1),
-    Hostile("pictures: the same, detect", lambda f: detect(f, _pictures_folder(f)), "14 sources could not be read", 1),
+    Hostile("pictures: the same, detect", lambda f: detect(f, _pictures_folder(f)), "16 sources could not be read", 1),
     Hostile("pictures: a bomb, val", _val_bomb, "more than 178,956,970 pixels", 0),
     Hostile("pictures: a file of 1 TB", _sparse, "larger than", 1),
     Hostile("pictures: 60,000 x 1 pixels", _thin, "Results saved", 0),

@@ -14,6 +14,7 @@ import pytest
 
 from scripts.faults.hostile import png_header, zeros_bomb
 from utils.coco import load_annotations
+from utils.config import DataConfig, TrainConfig
 from utils.console import LOGGER, setup_console
 from utils.curves import plot_confidence_curve, plot_confusion_matrix, plot_labels
 from utils.errors import ConfigError, DataError, ResourceError, SourceError, UserError, run_cli
@@ -239,3 +240,15 @@ def test_good_annotations_are_read(tmp_path: Path) -> None:
     content = {"images": [{"id": "a"}], "annotations": [GOOD], "categories": [{"id": 0}]}
     (tmp_path / "a.json").write_text(json.dumps(content))
     assert load_annotations(tmp_path / "a.json") == content
+
+
+@pytest.mark.parametrize("path", ["~nosuchuser/x", "a\\0b", "x" * 5000])
+def test_a_dataset_path_that_cannot_be_is_one_line(tmp_path: Path, path: str, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "d.yaml").write_text(f'path: "{path}"\ntrain: x\nval: x\nnames: [a]\n')
+    assert run_cli(lambda argv: DataConfig.load(tmp_path / "d.yaml"), []) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_freezing_a_thousand_million_layers_is_refused() -> None:
+    with pytest.raises(ConfigError, match="--freeze"):
+        TrainConfig(freeze=(1_000_000_000,))

@@ -29,7 +29,7 @@ class Counts:
     """Peak of the process, libraries included."""
 
     def text(self) -> str:
-        """``100,000 inputs: 1 accepted, 2 refused, 0 crashes; 12 s, the slowest 3 ms, 90 MB at most`` and what crashed."""
+        """``100 inputs: 1 accepted, 99 refused, 0 crashes; 2 s, the slowest 3 ms, 90 MB at most`` and what crashed."""
         line = f"{self.inputs:,} inputs: {self.accepted:,} accepted, {self.refused:,} refused, "
         line += f"{len(self.crashes):,} crashes; {self.seconds:.0f} s, the slowest {self.slowest * 1000:.0f} ms, "
         line += f"{self.megabytes:,} MB at most"

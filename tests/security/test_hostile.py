@@ -1,4 +1,4 @@
-"""Every attack of scripts/faults/hostile.py, in this process: one clear line, nothing run, nothing written outside."""
+"""Every attack of scripts/faults, in this process: one clear line, nothing run, nothing written outside."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from scripts.faults import checkpoints
 from scripts.faults.attack import judge, snapshot, written
 from scripts.faults.hostile import HOSTILE, Hostile
 from utils.errors import run_cli
+
+CASES = [*HOSTILE, *checkpoints.HOSTILE]
 
 
 @pytest.fixture
@@ -21,7 +24,7 @@ def folder(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["rm", "-rf", str(tmp_path)], check=True)
 
 
-@pytest.mark.parametrize("case", HOSTILE, ids=[case.name for case in HOSTILE])
+@pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
 def test_attack(case: Hostile, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
     script, *flags = case.build(folder)

@@ -34,7 +34,7 @@ from models.summary import summarize
 from models.surgery import set_dcn_backend
 from models.yolo import DetectionModel
 from utils.config import DataConfig, Hyp, TrainConfig
-from utils.console import LOGGER, setup_console
+from utils.console import LOGGER, plural, setup_console
 from utils.curves import plot_labels, plot_results
 from utils.dataloaders import DetectionLoader
 from utils.dcn_watch import DcnWatch
@@ -113,6 +113,7 @@ class Run:
     progress: Progress
     world: World
     validations: int = 0
+    saved_partly: bool = False  # last.pt holds steps of an unfinished epoch
     unsaved_best: dict | None = None  # with --nosave: the best averaged weights so far
 
     @property
@@ -221,6 +222,7 @@ def _save_and_end(run: Run, epoch: int, partial: PartialEpoch | None, terminatio
         if run.unsaved_best:
             save_best(run.best, **run.unsaved_best)
         save_last(run.last, run.learner, meta, run.progress, epoch, {}, partial)
+        run.saved_partly = True
     termination.end()
 
 
@@ -290,7 +292,7 @@ def _check_unfinished(cfg: TrainConfig, progress: Progress) -> None:
             f"--resume {cfg.resume}: its {progress.start_epoch} epochs are finished; "
             f"give --epochs N with more to go on, or start anew with --weights {cfg.resume}"
         )
-    step = f", after {progress.partial.batches} batches" if progress.partial else ""
+    step = f", after {plural(progress.partial.batches, 'batch', 'batches')}" if progress.partial else ""
     LOGGER.info(f"Resuming {cfg.resume} at epoch {progress.start_epoch} of {cfg.epochs}{step}")
 
 
@@ -301,7 +303,8 @@ def _how_to_go_on(run: Run) -> str:
         )
     if not run.last.is_file():
         return f"no epoch was completed; start again with: python train.py --resume {run.dir}"
-    return f"all completed epochs are saved; go on with: python train.py --resume {run.last}"
+    what = "all steps done" if run.saved_partly else "all completed epochs"
+    return f"{what} are saved; go on with: python train.py --resume {run.last}"
 
 
 def _open_run_dir(cfg: TrainConfig, hyp: Hyp, world: World) -> Path | None:

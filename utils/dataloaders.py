@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Sampler, default_collate
 from utils.augmentations import Letterbox
 from utils.console import LOGGER, plural
 from utils.dataset import DetectionDataset, Draw, Sample
-from utils.errors import ResourceError, UserError
+from utils.errors import ResourceError, UserError, explain_lost_worker
 from utils.signals import interrupts_deferred, outlive_first_sigterm
 
 
@@ -208,13 +208,10 @@ class DetectionLoader(DataLoader):
             text = str(error).strip()
             raise type(error)(text.rsplit(name, 1)[-1].splitlines()[0]) from None
         except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+            line = explain_lost_worker(error)
+            if line is None:
                 raise
-            raise ResourceError(
-                f"a data loading process died ({str(error).splitlines()[0]}): most often memory is short or, in a "
-                "container, /dev/shm is (docker run --shm-size 8g); use fewer --workers, or --workers 0 (a training "
-                "goes on with --resume)"
-            ) from None
+            raise ResourceError(line) from None
 
 
 def create_dataloader(

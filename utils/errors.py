@@ -110,6 +110,17 @@ def explain_memory_error(error: Exception) -> str | None:
     return f"memory ran out{detail}: use a smaller --batch-size or --imgsz, fewer --workers, no --cache"
 
 
+def explain_lost_worker(error: Exception) -> str | None:
+    """One line for torch's error about a loader process that died, which its signal handler raises wherever the program
+    stands; None for another error."""
+    if "DataLoader worker" not in str(error):
+        return None
+    return (
+        f"a data loading process died ({str(error).splitlines()[0]}): most often memory is short or, in a container, "
+        "/dev/shm is (docker run --shm-size 8g); use fewer --workers, or --workers 0 (a training goes on with --resume)"
+    )
+
+
 def run_cli(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
     """Run a script's ``main(argv)`` and turn what the user can mend into one line and an exit status.
 
@@ -149,7 +160,7 @@ def _guarded(main: Callable[[Sequence[str]], int | None], argv: list[str], termi
         if terminated.is_set():  # libraries may turn the interrupt into an error of their own
             print("terminated", file=sys.stderr)
             return 128 + terminated.number
-        line = explain_memory_error(error)
+        line = explain_memory_error(error) or explain_lost_worker(error)
         if debug or line is None:
             raise
         _say(f"error: {line}")

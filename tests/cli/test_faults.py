@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -15,23 +16,11 @@ import engine.trainer
 from engine.epoch import Learner
 from engine.resume import find_last_checkpoint, run_to_take_up
 from engine.state import keep_newest
+from scripts.faults.runs import same, weights
 from utils.checkpoint import read_checkpoint
 from utils.errors import CheckpointError, run_cli
 from utils.files import dump_yaml, load_yaml
 from utils.signals import sigterm_as_interrupt, termination_noted
-
-
-def weights(run: Path) -> dict[str, torch.Tensor]:
-    """Averaged and trained weights of a run's last.pt."""
-    saved = read_checkpoint(run / "weights" / "last.pt")
-    return {**saved.model, **{f"train.{key}": value for key, value in saved.train["model"].items()}}
-
-
-def same(run: Path, other: Path) -> bool:
-    """Bit for bit the same weights, and the same lines of results.csv."""
-    ours, theirs = weights(run), weights(other)
-    equal = ours.keys() == theirs.keys() and all(torch.equal(value, theirs[key]) for key, value in ours.items())
-    return equal and (run / "results.csv").read_text() == (other / "results.csv").read_text()
 
 
 def at_call(number: int, action: Callable[[], None], function: Callable) -> Callable:
@@ -78,7 +67,7 @@ def test_sigterm_saves_and_the_resumed_run_ends_the_same(
     assert not list(run.rglob("*.tmp"))
     status, out, err = train_cli(base=["--resume", str(run)], data="")
     assert status == 0, err
-    assert ("after 1 batches" in out) == (where in ("step 1", "step 3", "nosave"))
+    assert ("after 1 batch\n" in out) == (where in ("step 1", "step 3", "nosave"))
     assert same(run, whole)
 
 
@@ -241,6 +230,29 @@ def test_memory_says_what_to_change(train_cli, monkeypatch) -> None:
             status, _, err = train_cli()
         assert status == 2 and err.count("\n") == 1
         assert "memory ran out at batch 4, 64 px; use --batch-size 2" in err
+
+
+def test_a_full_disk_keeps_the_earlier_checkpoint(tmp_path: Path, train_cli) -> None:
+    """Files may not grow beyond 3 MB: best.pt would be larger. The system says "file too large" instead of "full"."""
+    assert train_cli()[0] == 0
+    run = tmp_path / "runs" / "exp"
+    before = {path: path.read_bytes() for path in (run / "weights").iterdir()}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000, hard))
+        status, _, err = train_cli(base=["--resume", str(run), "--epochs", "2"], data="")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert status == 2 and err.count("\n") == 1 and f"{run}/weights/" in err and "larger than allowed" in err
+    assert {path: path.read_bytes() for path in (run / "weights").iterdir()} == before
+    assert train_cli(base=["--resume", str(run), "--epochs", "2"], data="")[0] == 0
+
+
+def test_a_lost_loader_process_is_one_line_wherever_torch_raises_it(train_cli, monkeypatch) -> None:
+    error = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+    monkeypatch.setattr(Learner, "backward", at_call(1, _raiser(error), Learner.backward))
+    status, _, err = train_cli()
+    assert status == 2 and err.count("\n") == 1 and "a data loading process died" in err and "--resume" in err
 
 
 def _raiser(error: Exception) -> Callable[[], None]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -166,11 +168,17 @@ def atomic_open(path: str | Path) -> Iterator[BinaryIO]:
         raise
 
 
-def remove_leftovers(*folders: Path) -> None:
-    """Remove the temporary files that a kill left in these folders; only for folders that nothing else writes to."""
+def remove_leftovers(*folders: Path, of: str = "", older_than: float = 0.0) -> None:
+    """Remove the temporary files that a kill left in these folders, or those of one file's name. ``older_than``:
+    seconds; above 0 for folders in which another process may be writing now."""
+    newest = time.time() - older_than
     for folder in folders:
-        for path in folder.glob(".*.tmp"):
-            path.unlink(missing_ok=True)
+        for path in folder.glob(f".{glob.escape(of)}*.tmp"):
+            try:
+                if path.stat().st_mtime <= newest:
+                    path.unlink()
+            except OSError:  # gone already, or not ours
+                continue
 
 
 def _umask() -> int:

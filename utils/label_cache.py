@@ -19,13 +19,14 @@ import numpy as np
 
 from utils.console import LOGGER, progress
 from utils.errors import DataError
-from utils.files import atomic_open
+from utils.files import atomic_open, remove_leftovers
 from utils.images import MAX_PIXELS, check_image, list_images
 from utils.label_index import EMPTY_POINTS, Fault, LabelIndex, PackedStrings, offsets_of
 from utils.labels import MAX_CLASS, LabelFile, label_path, read_labels
 from utils.npz import NPZ_DAMAGE, check_offsets, read_npz
 
 VERSION = 2  # 2: PNG chunks, links to nowhere
+DAY = 86_400.0
 SETTLED_NS = 2_000_000_000
 """A file changed less than this before a scan is read again next time: file systems keep times this coarsely."""
 
@@ -216,6 +217,7 @@ def _write_first(caches: list[Path], entries: list[Entry], nc: int | None, start
         try:
             if cache is caches[-1]:
                 cache.parent.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(cache.parent, of=f"{cache.name}.", older_than=DAY)
             with atomic_open(cache) as file:
                 np.savez(file, **arrays)
             LOGGER.info(f"New cache created: {cache}")

@@ -10,7 +10,7 @@ import pytest
 
 from utils.cli import Parser, add_run_flags, keywords_to_argv
 from utils.errors import ConfigError, ResourceError, UserError, did_you_mean, run_cli
-from utils.files import atomic_open, atomic_write, dump_yaml, find_file, load_yaml, new_run_dir
+from utils.files import atomic_open, atomic_write, dump_yaml, find_file, load_yaml, new_run_dir, remove_leftovers
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
@@ -126,3 +126,13 @@ def test_keywords_become_flags() -> None:
 
 def test_user_errors_have_a_status() -> None:
     assert UserError("x").exit_code == 2
+
+
+def test_leftovers_of_a_kill_are_removed(tmp_path: Path) -> None:
+    for name in (".a.npz.x1.tmp", ".a.npz.x2.tmp", ".b.npz.x3.tmp", "a.npz", ".a.npz"):
+        (tmp_path / name).touch()
+    os.utime(tmp_path / ".a.npz.x2.tmp", (1, 1))
+    remove_leftovers(tmp_path, of="a.npz.", older_than=60)
+    assert not (tmp_path / ".a.npz.x2.tmp").exists() and (tmp_path / ".a.npz.x1.tmp").exists()
+    remove_leftovers(tmp_path, tmp_path / "nowhere")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".a.npz", "a.npz"]

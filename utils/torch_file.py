@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from utils.errors import CheckpointError
-from utils.pickle_records import Refused, read_pickle, show
+from utils.pickle_reader import read_pickle
+from utils.pickle_records import Refused, show
 from utils.torch_legacy import LEGACY_MAGIC, LegacyFile, TarFile
 from utils.torch_tensors import Storage, Tensors, damaged, described, flat_tensor, same_storage
 

@@ -9,7 +9,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from utils.pickle_records import Budget, Named, Refused, read_pickle
+from utils.pickle_reader import read_pickle
+from utils.pickle_records import Budget, Named, Refused
 from utils.torch_tensors import Storage, Tensors, damaged, described, flat_tensor, key_of, same_storage
 
 LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."

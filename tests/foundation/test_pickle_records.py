@@ -14,7 +14,8 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import pytest
 
-from utils.pickle_records import Budget, Named, Record, Refused, read_pickle, records
+from utils.pickle_reader import read_pickle
+from utils.pickle_records import Budget, Named, Record, Refused, records
 
 
 def read(data: bytes, **options):

@@ -16,6 +16,8 @@ from typing import Any
 
 from utils.pickle_records import CALLS, Budget, Call, Named, Record, Refused, check_tree, checked_key, show
 
+MAX_PICKLE = 64_000_000
+"""Bytes. The largest checkpoints of YOLOv5 have half a million; tensors are kept elsewhere."""
 MAX_LONG_BYTES = 64
 MAX_LINE = 10_000
 _OLD_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg", "pathlib._local": "pathlib"}
@@ -51,7 +53,8 @@ class _Machine:
     """The stack machine; its instructions are in the table STEPS below."""
 
     def __init__(self, data: bytes, start: int, calls: Mapping[str, Call], persistent, budget: Budget) -> None:
-        self.data, self.at, self.calls, self.persistent, self.budget = data, start, calls, persistent, budget
+        self.data, self.start, self.at = data, start, start
+        self.calls, self.persistent, self.budget = calls, persistent, budget
         self.stack: list = []
         self.marks: list[list] = []
         self.memo: dict[int, Any] = {}
@@ -72,6 +75,8 @@ class _Machine:
         if not 0 <= count <= len(self.data) - self.at:
             raise Refused(f"cut short or damaged: {count:,} bytes claimed, {len(self.data) - self.at:,} are left")
         self.at += count
+        if self.at - self.start > MAX_PICKLE:
+            raise Refused(f"its pickle is larger than {MAX_PICKLE // 1_000_000} MB, no checkpoint has that")
         return self.data[self.at - count : self.at]
 
     def number(self, layout: str) -> Any:

@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from utils.errors import CheckpointError
-from utils.pickle_reader import read_pickle
+from utils.pickle_reader import MAX_PICKLE, read_pickle
 from utils.pickle_records import Refused, show
 from utils.torch_legacy import LEGACY_MAGIC, LegacyFile, TarFile
 from utils.torch_tensors import Storage, Tensors, damaged, described, flat_tensor, same_storage
 
-MAX_PICKLE = 64_000_000
 MAX_DIRECTORY = 16_000_000
 """Bytes of a zip's table of contents; the largest checkpoints have half a million."""
 

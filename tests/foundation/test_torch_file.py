@@ -234,6 +234,14 @@ def test_storages_of_the_old_form_are_compared_with_the_file(tmp_path: Path) -> 
     assert "damaged" in refusal(path, whole[:at] + struct.pack("<q", 299) + whole[at + 8 :])
 
 
+def test_a_pickle_has_a_largest_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("utils.pickle_reader.MAX_PICKLE", 1000)
+    monkeypatch.setattr("utils.torch_file.MAX_PICKLE", 1000)
+    for zipped in FORMS.values():
+        torch.save(["x" * 2000], tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)
+        assert "its pickle is larger than" in refusal(tmp_path / "a.pt")
+
+
 def test_booleans_are_zero_or_one(tmp_path: Path) -> None:
     data = one_tensor(kind=b"torch\nBoolStorage", data=bytes([0, 1, 7, 255]))
     (tmp_path / "a.pt").write_bytes(data)

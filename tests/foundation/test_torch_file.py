@@ -237,8 +237,8 @@ def test_storages_of_the_old_form_are_compared_with_the_file(tmp_path: Path) -> 
 def test_a_pickle_has_a_largest_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("utils.pickle_reader.MAX_PICKLE", 1000)
     monkeypatch.setattr("utils.torch_file.MAX_PICKLE", 1000)
-    for zipped in FORMS.values():
-        torch.save(["x" * 2000], tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)
+    for new_form in FORMS.values():
+        torch.save(["x" * 2000], tmp_path / "a.pt", _use_new_zipfile_serialization=new_form)
         assert "its pickle is larger than" in refusal(tmp_path / "a.pt")
 
 

@@ -272,7 +272,7 @@ def differences(model: nn.Module, modules: Mapping[str, Record]) -> list[str]:
 def _unlike(place: str, module: nn.Module, record: Record) -> list[str]:
     kind = type(module).__name__
     own_class = not record.name.startswith("torch.") or record.kind in ACTIVATIONS or kind in ACTIVATIONS
-    if own_class and record.kind != kind:
+    if own_class and record.kind not in [each.__name__ for each in type(module).__mro__]:  # DWConv was a Conv once
         return [f"{place} is a {show(record.name)} there, a {kind} here"]
     found = []
     for name in _GEOMETRY.get(kind, ()):

@@ -182,6 +182,13 @@ def test_other_architectures(cfg: str, tmp_path: Path) -> None:
     assert same(found, model, side=128)
 
 
+def test_depthwise_convolutions_were_plain_ones_once(tmp_path: Path) -> None:
+    rows = [[-1, 1, "Conv", [8, 3, 2]], [-1, 1, "GhostBottleneck", [16, 3, 2]]]
+    model = model_of(era(backbone=rows, depth_multiple=1.0, width_multiple=1.0))
+    path = write(tmp_path / "a.pt", checkpoint(imitate(model, {"DWConv": "models.common.Conv"})))
+    assert same(load_model(path, fuse=False), model)
+
+
 def test_the_articles_layers_keep_their_names(tmp_path: Path) -> None:
     """The article's DCN has weight, bias and conv_offset_mask, no norm and no activation."""
     model = model_of("yolov5n-dcn.yaml")

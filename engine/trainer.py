@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import nn
 
 from engine.diagnosis import TrainingDiverged
-from engine.epoch import EpochResult, Learner, MultiScale, PartialEpoch, log_header, train_one_epoch
+from engine.epoch import EpochResult, MultiScale, PartialEpoch, log_header, train_one_epoch
 from engine.eval_outputs import BatchPictures, save_curves
 from engine.evaluator import evaluate
 from engine.parts import (
@@ -27,23 +27,29 @@ from engine.parts import (
     with_auto_batch,
     within_data,
 )
-from engine.resume import torchrun_job
-from engine.state import MOST_ROLLBACKS, Progress, describe_run, keep_newest, restore, roll_back, save_best, save_last
+from engine.run import (
+    Run,
+    go_back,
+    how_to_go_on,
+    is_finished,
+    mark_finished,
+    open_run_dir,
+    save_and_end,
+    save_epoch,
+    save_steps,
+)
+from engine.state import Progress, describe_run, restore, save_last
 from models.loading import load_model
 from models.summary import summarize
 from models.surgery import set_dcn_backend
-from models.yolo import DetectionModel
 from utils.config import DataConfig, Hyp, TrainConfig
 from utils.console import LOGGER, plural, setup_console
 from utils.curves import plot_labels, plot_results
-from utils.dataloaders import DetectionLoader
 from utils.dcn_watch import DcnWatch
 from utils.device import describe_device, seed_everything, select_device
 from utils.dist import World, broadcast, close_distributed, init_distributed
 from utils.early_stopping import EarlyStopping
-from utils.ema import unwrap
 from utils.errors import ConfigError
-from utils.files import atomic_write, dump_yaml, new_run_dir, remove_leftovers
 from utils.loggers import COLUMNS, RunLogger, read_results
 from utils.metrics import TABLE_HEADER, Metrics
 from utils.plots import plot_batch
@@ -84,7 +90,7 @@ def train(cfg: TrainConfig, hyp: Hyp, data: DataConfig, notes: Sequence[str] = (
         restore(cfg.resume, learner, progress)
         _check_unfinished(cfg, progress)
 
-    run_dir = Path(broadcast(str(_open_run_dir(cfg, hyp, world)), world))
+    run_dir = Path(broadcast(str(open_run_dir(cfg, hyp, world)), world))
     run = Run(cfg, hyp, data, run_dir, learner, loader, val_loader, progress, world)
     multi_scale = MultiScale(frame.imgsz, frame.stride, cfg.seed) if cfg.multi_scale else None
     LOGGER.info(
@@ -94,40 +100,9 @@ def train(cfg: TrainConfig, hyp: Hyp, data: DataConfig, notes: Sequence[str] = (
     try:
         fit(run, multi_scale)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(_how_to_go_on(run)) from None
+        raise KeyboardInterrupt(how_to_go_on(run)) from None
     close_distributed(world)
     return run_dir
-
-
-@dataclass
-class Run:
-    """A training under way: its settings, its folder and its parts."""
-
-    cfg: TrainConfig
-    hyp: Hyp
-    data: DataConfig
-    dir: Path
-    learner: Learner
-    loader: DetectionLoader
-    val_loader: DetectionLoader
-    progress: Progress
-    world: World
-    validations: int = 0
-    saved_partly: bool = False  # last.pt holds steps of an unfinished epoch
-    unsaved_best: dict | None = None  # with --nosave: the best averaged weights so far
-
-    @property
-    def model(self) -> DetectionModel:
-        """The model being trained, without wrappers."""
-        return unwrap(self.learner.model)
-
-    @property
-    def best(self) -> Path:
-        return self.dir / "weights" / "best.pt"
-
-    @property
-    def last(self) -> Path:
-        return self.dir / "weights" / "last.pt"
 
 
 def fit(run: Run, multi_scale: MultiScale | None = None) -> None:
@@ -159,7 +134,7 @@ def _all_epochs(
         try:
             result = _learn(run, epoch, multi_scale, watch, done, termination)
         except TrainingDiverged as error:
-            epoch = _roll_back(run, error)
+            epoch = go_back(run, error)
             continue
         stop, metrics = False, None
         if run.world.main:
@@ -169,9 +144,9 @@ def _all_epochs(
                 progress.class_maps = metrics.maps(run.model.nc).tolist()
                 stop = progress.stopper.update(epoch, metrics.fitness)
             _log_epoch(run, logger, watch, epoch, result, metrics)
-            _save(run, epoch, metrics, last_epoch=final or stop)
-        if termination.is_set() and not (stop or epoch + 1 == cfg.epochs):
-            _save_and_end(run, epoch, None, termination)
+            save_epoch(run, epoch, metrics, last_epoch=final or stop)
+        if termination.is_set():
+            save_and_end(run, epoch, None, termination)
         if broadcast(stop, run.world):
             LOGGER.info(progress.stopper.message())
             break
@@ -195,54 +170,25 @@ def _learn(
     with watch.sampling():
         result = train_one_epoch(run.learner, run.loader, epoch, run.cfg.epochs, multi_scale, done, termination.is_set)
     if result.unfinished:
-        _save_and_end(run, epoch - 1, result.done, termination)
+        save_and_end(run, epoch - 1, result.done, termination)
     return result
 
 
 def _validate_or_save(run: Run, epoch: int, result: EpochResult, termination: NotedTermination) -> Metrics:
-    """The metrics of a trained epoch. A SIGTERM ends validation at once, and the training that came before is saved."""
+    """The metrics of a trained epoch. Whatever ends validation (a signal, at once; memory, a damaged image), the
+    training that came before is saved first."""
     try:
         termination.at_once = True
         if termination.is_set():
-            raise KeyboardInterrupt
+            termination.end()
         return validate(run)
-    except KeyboardInterrupt:
+    except (Exception, KeyboardInterrupt):
         termination.at_once = False
-        if not termination.is_set():
-            raise
-        _save_and_end(run, epoch - 1, result.done, termination)
+        if run.world.size == 1:
+            save_steps(run, epoch - 1, result.done)
+        raise
     finally:
         termination.at_once = False
-
-
-def _save_and_end(run: Run, epoch: int, partial: PartialEpoch | None, termination: NotedTermination) -> NoReturn:
-    """Write last.pt (when it does not hold this already) and end as the signal asks."""
-    if partial or run.cfg.nosave:
-        meta = describe_run(run.model, run.cfg, run.hyp)
-        if run.unsaved_best:
-            save_best(run.best, **run.unsaved_best)
-        save_last(run.last, run.learner, meta, run.progress, epoch, {}, partial)
-        run.saved_partly = True
-    termination.end()
-
-
-def _roll_back(run: Run, error: TrainingDiverged) -> int:
-    """Put the run back to its last.pt with a lower learning rate; the epoch to go on with. Raises ``error``, with what
-    to do, when --on-nan says stop or MOST_ROLLBACKS have not helped."""
-    progress = run.progress
-    if run.cfg.on_nan != "rollback":
-        raise TrainingDiverged(
-            f"{error}; the checkpoints of earlier epochs are whole: go on with --resume {run.last} --on-nan rollback, "
-            f"or start from it with a lower lr0 in --hyp, or with --amp off"
-        )
-    if progress.rollbacks >= MOST_ROLLBACKS:
-        raise TrainingDiverged(f"{error}; {progress.rollbacks} rollbacks with ever lower learning rates did not help")
-    roll_back(run.last, run.learner, progress)
-    LOGGER.warning(
-        f"{error}. Rollback {progress.rollbacks} of {MOST_ROLLBACKS}: back to the start of epoch "
-        f"{progress.start_epoch}, learning rates x {run.learner.schedule.scale:g}"
-    )
-    return progress.start_epoch
 
 
 def validate(run: Run) -> Metrics:
@@ -287,41 +233,13 @@ def _announce(cfg: TrainConfig, hyp: Hyp, device: torch.device, notes: Sequence[
 
 
 def _check_unfinished(cfg: TrainConfig, progress: Progress) -> None:
-    if progress.start_epoch >= cfg.epochs:
+    if progress.start_epoch >= cfg.epochs and is_finished(cfg.resume):
         raise ConfigError(
             f"--resume {cfg.resume}: its {progress.start_epoch} epochs are finished; "
             f"give --epochs N with more to go on, or start anew with --weights {cfg.resume}"
         )
     step = f", after {plural(progress.partial.batches, 'batch', 'batches')}" if progress.partial else ""
     LOGGER.info(f"Resuming {cfg.resume} at epoch {progress.start_epoch} of {cfg.epochs}{step}")
-
-
-def _how_to_go_on(run: Run) -> str:
-    if run.cfg.nosave and not run.last.is_file():
-        return (
-            f"with --nosave checkpoints are written at the end only, so the epochs of this start are not in {run.dir}"
-        )
-    if not run.last.is_file():
-        return f"no epoch was completed; start again with: python train.py --resume {run.dir}"
-    what = "all steps done" if run.saved_partly else "all completed epochs"
-    return f"{what} are saved; go on with: python train.py --resume {run.last}"
-
-
-def _open_run_dir(cfg: TrainConfig, hyp: Hyp, world: World) -> Path | None:
-    """The run's folder with opt.yaml and hyp.yaml, which together repeat the run; None on the other ranks."""
-    if not world.main:
-        return None
-    if cfg.resume:
-        run_dir = Path(cfg.resume).resolve().parent.parent
-    else:
-        run_dir = new_run_dir(cfg.project, cfg.name, cfg.exist_ok)
-    (run_dir / "weights").mkdir(exist_ok=True)
-    if cfg.resume or cfg.exist_ok:
-        remove_leftovers(run_dir, run_dir / "weights")
-    job = {"torchrun": torchrun_job()} if world.size > 1 else {}
-    atomic_write(run_dir / "opt.yaml", dump_yaml({**cfg.to_dict(), "resume": "", "save_dir": str(run_dir), **job}))
-    atomic_write(run_dir / "hyp.yaml", dump_yaml(hyp.to_dict()))
-    return run_dir
 
 
 def _first_pictures(run: Run, logger: RunLogger) -> None:
@@ -352,26 +270,6 @@ def _log_epoch(
         LOGGER.warning(line)
 
 
-def _save(run: Run, epoch: int, metrics: Metrics | None, last_epoch: bool) -> None:
-    """Write last.pt, and best.pt when this epoch is the best so far; with --nosave only after the last epoch."""
-    cfg, progress = run.cfg, run.progress
-    meta = describe_run(run.model, cfg, run.hyp)
-    scores = {"mAP50": metrics.map50, "mAP50-95": metrics.map, "fitness": metrics.fitness} if metrics else {}
-    if metrics is not None and metrics.fitness >= progress.best_fitness:
-        progress.best_fitness = metrics.fitness
-        state = {k: v.clone() for k, v in run.learner.ema.model.state_dict().items()}
-        run.unsaved_best = {"state": state, "meta": meta, "epoch": epoch, "metrics": scores}
-    if cfg.nosave and not last_epoch:
-        return
-    if run.unsaved_best:
-        save_best(run.best, **run.unsaved_best)
-        run.unsaved_best = None
-    if cfg.save_period > 0 and epoch % cfg.save_period == 0:
-        save_best(run.last.with_name(f"epoch{epoch}.pt"), run.learner.ema.model.state_dict(), meta, epoch, scores)
-        keep_newest(run.last.parent, cfg.keep)
-    save_last(run.last, run.learner, meta, progress, epoch, scores)  # last: after a kill before it all is made again
-
-
 def _finish(run: Run, logger: RunLogger) -> None:
     """Validate best.pt as val.py would, draw the last pictures, say where everything is."""
     if run.best.is_file():
@@ -386,4 +284,5 @@ def _finish(run: Run, logger: RunLogger) -> None:
     if not run.cfg.noplots:
         plot_results(read_results(run.dir / "results.csv"), run.dir / "results.png")
     logger.close()
+    mark_finished(run)
     LOGGER.info(f"Results saved to {run.dir}")

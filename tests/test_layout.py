@@ -36,6 +36,7 @@ models
 engine.window engine.feature_maps engine.resume engine.diagnosis engine.evaluator engine.writers
 engine.epoch
 engine.state engine.parts engine.eval_outputs engine.predictor
+engine.run
 engine.trainer
 train val detect export
 """.replace("\\\n", "")

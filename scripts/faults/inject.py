@@ -78,8 +78,7 @@ def kill_before_rename(number: str) -> None:
 
 def kill_before_last(number: str) -> None:
     """When best.pt of the ``number``-th epoch is written and last.pt is not."""
-    trainer = importlib.import_module("engine.trainer")
-    at_call(trainer, "save_last", int(number), lambda *_, **__: kill())
+    at_call(importlib.import_module("engine.run"), "save_last", int(number), lambda *_, **__: kill())
 
 
 def kill_a_worker(number: str) -> None:

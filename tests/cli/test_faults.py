@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import engine.epoch
+import engine.run
 import engine.trainer
 from engine.epoch import Learner
 from engine.resume import find_last_checkpoint, run_to_take_up
@@ -60,7 +60,7 @@ def test_sigterm_saves_and_the_resumed_run_ends_the_same(
         elif where == "validation":
             patch.setattr(engine.trainer, "evaluate", at_call(2, terminate, engine.trainer.evaluate))
         else:
-            patch.setattr(engine.trainer, "save_last", at_call(2, terminate, engine.trainer.save_last))
+            patch.setattr(engine.run, "save_last", at_call(2, terminate, engine.run.save_last))
         status, _, err = train_cli(*flags)
     run = tmp_path / "runs" / "cut"
     assert status == 143 and err.count("\n") == 1 and f"--resume {run}" in err
@@ -105,6 +105,30 @@ def test_a_run_without_a_checkpoint_starts_again(tmp_path: Path, whole: Path, tr
     status, _, err = train_cli(base=["--resume", str(run)], data="")
     assert status == 0, err
     assert not half.exists() and same(run, whole) and [p.name for p in sorted(run.parent.iterdir())] == ["cut", "whole"]
+
+
+def test_a_run_stopped_in_its_final_validation_is_finished_by_resume(
+    tmp_path: Path, whole: Path, train_cli, monkeypatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.trainer, "_finish", at_call(1, terminate, engine.trainer._finish))
+        assert train_cli("--epochs", "3", "--name", "cut", "--multi-scale")[0] == 143
+    run = tmp_path / "runs" / "cut"
+    status, out, err = train_cli(base=["--resume", str(run)], data="")
+    assert status == 0 and f"Validating {run / 'weights' / 'best.pt'}" in out and same(run, whole), err
+    status, _, err = train_cli(base=["--resume", str(run)], data="")
+    assert status == 2 and "its 3 epochs are finished" in err
+
+
+def test_validation_that_fails_keeps_the_training_before_it(
+    tmp_path: Path, whole: Path, train_cli, monkeypatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.trainer, "evaluate", at_call(1, _raiser(MemoryError()), engine.trainer.evaluate))
+        status, _, err = train_cli("--epochs", "3", "--name", "cut", "--multi-scale")
+    assert status == 2 and "memory ran out" in err
+    status, out, _ = train_cli(base=["--resume", str(tmp_path / "runs" / "cut")], data="")
+    assert status == 0 and "at epoch 0 of 3, after 2 batches" in out and same(tmp_path / "runs" / "cut", whole)
 
 
 def test_which_run_is_the_newest(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ def find_last_checkpoint(request: str, below: Path = Path(".")) -> Path:
     if request == "auto":
         runs = {path.parent for path in (below / "runs").glob("**/opt.yaml")}
         runs |= {path.parent.parent for path in (below / "runs").glob("**/weights/last.pt")}
-        found = sorted(_last_of(run) for run in runs if (run / "weights").is_dir())
+        found = sorted(last for last in map(_last_of, runs) if last.is_file() or _can_start_again(last))
         if not found:
             raise CheckpointError(
                 "--resume: no last.pt below runs/; give its path: --resume runs/train/exp/weights/last.pt"

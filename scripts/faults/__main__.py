@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import platform
 import sys
+from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
 
@@ -22,9 +22,6 @@ GROUPS = {"accidents": "scripts.faults.accidents", "kills": "scripts.faults.kill
 """Name: module with ``rows(only)``, which yields what has ``row()`` and ``broken`` (see scripts.faults.outcome), and,
 where the columns are others, ``HEADER``. ``only`` is a pattern, empty for all rows."""
 
-MARKS = ("<!-- faults -->", "<!-- /faults -->")
-"""What --write replaces lies between them."""
-
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m scripts.faults", description="Run faults and hostile inputs.")
@@ -32,36 +29,40 @@ def main() -> int:
     parser.add_argument("--only", default="", metavar="PATTERN", help="rows whose names match")
     parser.add_argument("--kills", type=int, default=50, metavar="N", help="random kill -9 (default: %(default)s)")
     parser.add_argument(
-        "--write", type=Path, help=f"a Markdown file; what lies between {' and '.join(MARKS)} is replaced"
+        "--write", type=Path, metavar="FILE.md", help="a file with marks for each group, for the tables"
     )
     args = parser.parse_args()
-    from scripts.faults.outcome import HEADER
-
-    lines: list[str] = []
-    say(
-        lines,
-        f"Printed by `python -m scripts.faults` on {date.today()}: Python {platform.python_version()}, "
-        f"torch {torch.__version__}, CPU.",
-    )
     total = broken = 0
     for group in args.group or GROUPS:
-        module = importlib.import_module(GROUPS[group])
-        say(lines, f"\n{getattr(module, 'HEADER', HEADER)}")
-        for outcome in module.rows(args.only, args.kills) if group == "kills" else module.rows(args.only):
-            say(lines, outcome.row())
-            total, broken = total + 1, broken + bool(outcome.broken)
-    say(lines, f"\n{total} faults, {broken} broken promises")
-    if args.write:
-        before, _, rest = args.write.read_text(encoding="utf-8").partition(MARKS[0])
-        text = "\n".join((before + MARKS[0], *lines, MARKS[1] + rest.partition(MARKS[1])[2]))
-        args.write.write_text(text, encoding="utf-8")
+        lines = list(table(group, args.only, args.kills))
+        total, broken = total + len(lines), broken + sum(bad for _, bad in lines)
+        if args.write:
+            write_table(args.write, group, [line for line, _ in lines])
+    print(f"\n{total} faults, {broken} broken promises")
     return int(broken > 0)
 
 
-def say(lines: list[str], text: str) -> None:
-    """Print at once, and keep."""
-    print(text, flush=True)
-    lines.append(text)
+def table(group: str, only: str, kills: int) -> Iterator[tuple[str, bool]]:
+    """The rows of a group, printed as they come, and whether a promise was broken."""
+    from scripts.faults.outcome import HEADER
+
+    module = importlib.import_module(GROUPS[group])
+    print(f"\n{getattr(module, 'HEADER', HEADER)}", flush=True)
+    for outcome in module.rows(only, kills) if group == "kills" else module.rows(only):
+        print(outcome.row(), flush=True)
+        yield outcome.row(), bool(outcome.broken)
+
+
+def write_table(path: Path, group: str, rows: list[str]) -> None:
+    """Replace what lies between a group's marks."""
+    from scripts.faults.outcome import HEADER
+
+    start, end = f"<!-- faults: {group} -->", f"<!-- end of {group} -->"
+    before, _, rest = path.read_text(encoding="utf-8").partition(start)
+    header = getattr(importlib.import_module(GROUPS[group]), "HEADER", HEADER)
+    made = f"`python -m scripts.faults {group}`, {date.today()}, torch {torch.__version__}, CPU."
+    text = "\n".join((before + start, made, "", header, *rows, end + rest.partition(end)[2]))
+    path.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

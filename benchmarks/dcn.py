@@ -7,7 +7,8 @@
 Layers: 3x3, stride 2, padding 1, where yolov5x-dcn has them at 640 pixels. Offsets are normal, independent at every
 pixel: the worst case for locality.
 conv         plain conv2d in channels-last order, tuned by cuDNN
-op           deform_conv2d alone, everything in the dtype; it joins offset and mask first, which a block need not
+op           deform_conv2d alone, everything in the dtype; it joins offset and mask first, which a block need not;
+             by the kernels that --backend names
 block        models.common.DCN under autocast: offset convolution, sigmoid, casts of its float32 parameters included
 torchvision  its op under fp16 autocast, which computes in float32; contiguous; once per layer and batch
 floor        forward: the larger of arithmetic at 790 TFLOP/s and memory traffic at 3.0 TB/s; backward: arithmetic
@@ -36,7 +37,7 @@ from benchmarks.report import heading, table
 from benchmarks.train_throughput import model_and_frame, rate
 from engine.parts import build_learner
 from models.common import DCN
-from models.ops.deform_conv import backend_for, deform_conv2d
+from models.ops.deform_conv import BACKENDS, backend_for, deform_conv2d
 from utils.config import DataConfig, Hyp, TrainConfig
 from utils.dataloaders import Batch
 from utils.device import describe_device
@@ -48,9 +49,10 @@ FLOPS, BYTES = 790e12, 3.0e12
 """A second, of an H100: half-precision products and DRAM traffic that programs reach."""
 STEP_CASES = (
     ("yolov5s.yaml", "auto"),
-    ("yolov5s-dcn.yaml", "triton"),
+    ("yolov5s-dcn.yaml", "auto"),
     ("yolov5s-dcn.yaml", "torchvision"),
     ("yolov5x.yaml", "auto"),
+    ("yolov5x-dcn.yaml", "auto"),
     ("yolov5x-dcn.yaml", "triton"),
     ("yolov5x-dcn.yaml", "torchvision"),
 )
@@ -116,14 +118,14 @@ def make_inputs(layer: Layer, batch: int, dtype: torch.dtype, spread: float, dev
 
 
 @torch.no_grad()
-def make_block(layer: Layer, spread: float, device: str = "cuda") -> DCN:
+def make_block(layer: Layer, spread: float, backend: str = "auto", device: str = "cuda") -> DCN:
     """The layer as a model holds it, with an offset branch that gives offsets of this spread for normal input."""
     torch.manual_seed(0)
     block = DCN(layer.c1, layer.c2, 3, STRIDE).to(device, memory_format=torch.channels_last)
     scale = torch.full((3 * TAPS, 1, 1, 1), spread, device=device)
     scale[2 * TAPS :] = 1
     block.conv_offset_mask.weight.normal_().mul_(scale / math.sqrt(TAPS * layer.c1))
-    block.backend = "triton"
+    block.backend = backend
     return block
 
 
@@ -149,7 +151,7 @@ def plain(x: Tensor, offset: Tensor, mask: Tensor, weight: Tensor, bias: Tensor)
     return out
 
 
-def op(inputs: Inputs, backend: str = "triton") -> Tensor:
+def op(inputs: Inputs, backend: str = "auto") -> Tensor:
     return deform_conv2d(*inputs.leaves, stride=STRIDE, padding=PADDING, backend=backend)
 
 
@@ -231,13 +233,15 @@ def torchvision_times(layer: Layer, batch: int, spread: float) -> tuple[float, f
     return times(lambda: of_torchvision(inputs), inputs.leaves, bencher(graphs=False))
 
 
-def time_row(layer: Layer, batch: int, dtype: str, spread: float, reference: Sequence[float], bench: Bench) -> list:
+def time_row(
+    layer: Layer, batch: int, dtype: str, spread: float, backend: str, reference: Sequence[float], bench: Bench
+) -> list:
     """Times of the convolution, the op and the block, ratios, torchvision's times (``reference``) and floors."""
-    inputs, block = make_inputs(layer, batch, DTYPES[dtype], spread), make_block(layer, spread)
+    inputs, block = make_inputs(layer, batch, DTYPES[dtype], spread), make_block(layer, spread, backend)
     plain_times = times(lambda: conv(inputs), inputs.conv_leaves, bench)
     row = [batch, str(layer), dtype, spread, *plain_times]
     for forward, leaves in (
-        (lambda: op(inputs), inputs.leaves),
+        (lambda: op(inputs, backend), inputs.leaves),
         (lambda: of_block(block, inputs.x), (inputs.x, *block.parameters())),
     ):
         ahead, both = times(forward, leaves, bench)
@@ -252,11 +256,11 @@ TIME_HEADER = """batch|layer|dtype|offsets, px|conv fwd|conv fwd+bwd|op fwd|op b
 |floor fwd+bwd""".replace("\n", "").split("|")
 
 
-def memory_row(layer: Layer, batch: int, dtype: str, spread: float) -> list:
+def memory_row(layer: Layer, batch: int, dtype: str, spread: float, backend: str) -> list:
     """Extra memory of the convolution, the op and the block, in MB, with ratios."""
-    inputs, block = make_inputs(layer, batch, DTYPES[dtype], spread), make_block(layer, spread)
+    inputs, block = make_inputs(layer, batch, DTYPES[dtype], spread), make_block(layer, spread, backend)
     base = extra_memory(lambda: conv(inputs), inputs.conv_leaves)
-    alone = extra_memory(lambda: op(inputs), inputs.leaves)
+    alone = extra_memory(lambda: op(inputs, backend), inputs.leaves)
     whole = extra_memory(lambda: of_block(block, inputs.x), (inputs.x, *block.parameters()))
     return [batch, str(layer), dtype, base, alone, f"{alone / base:.2f}", whole, f"{whole / base:.2f}"]
 
@@ -264,10 +268,12 @@ def memory_row(layer: Layer, batch: int, dtype: str, spread: float) -> list:
 MEMORY_HEADER = ["batch", "layer", "dtype", "conv MB", "op MB", "ratio", "block MB", "block ratio"]
 
 
-def error_row(layer: Layer, dtype: str, spread: float) -> list:
+def error_row(layer: Layer, dtype: str, spread: float, backend: str) -> list:
     """Errors of the op, and of the convolution where it has the same tensor, as ``op / conv``."""
     inputs = make_inputs(layer, 1, DTYPES[dtype], spread)
-    out, x, offset, mask, weight, bias = errors(op, lambda i: plain(*i.leaves), inputs, "leaves")
+    out, x, offset, mask, weight, bias = errors(
+        partial(op, backend=backend), lambda i: plain(*i.leaves), inputs, "leaves"
+    )
     pairs = zip((out, x, weight, bias), errors(conv, conv, inputs, "conv_leaves"))
     return [str(layer), dtype, spread, *(f"{a:.1e} / {b:.1e}" for a, b in pairs), f"{offset:.1e}", f"{mask:.1e}"]
 
@@ -322,10 +328,10 @@ def layer_tables(args: argparse.Namespace, bench: Bench) -> list[str]:
         reference = torchvision_times(layer, batch, args.spread[0])
         for dtype in args.dtype:
             for spread in args.spread:
-                timed.append(time_row(layer, batch, dtype, spread, reference, bench))
+                timed.append(time_row(layer, batch, dtype, spread, args.backend, reference, bench))
                 print(*timed[-1], file=sys.stderr)
-            memory.append(memory_row(layer, batch, dtype, args.spread[0]))
-    wrong = [error_row(*case) for case in product(LAYERS, args.dtype, args.spread)]
+            memory.append(memory_row(layer, batch, dtype, args.spread[0], args.backend))
+    wrong = [error_row(*case, args.backend) for case in product(LAYERS, args.dtype, args.spread)]
     return [table(TIME_HEADER, timed), table(MEMORY_HEADER, memory), table(ERROR_HEADER, wrong)]
 
 
@@ -345,6 +351,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch", nargs="+", type=int, default=[16, 1])
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=["fp16", "bf16"])
     parser.add_argument("--spread", nargs="+", type=float, default=[1.5, 8.0], metavar="PX")
+    parser.add_argument("--backend", choices=BACKENDS, default="auto", help="of the op and the block (default: auto)")
     parser.add_argument("--graphs", action="store_true", help="time replays of CUDA graphs: no launch cost")
     parser.add_argument("--steps", action="store_true", help="whole training steps as well")
     parser.add_argument("--step-batch", type=int, default=16)
@@ -359,7 +366,7 @@ def main() -> None:
         raise SystemExit("benchmarks.dcn: measures GPU kernels, and there is no CUDA device here")
     device = torch.device("cuda", torch.cuda.current_device())
     try:
-        backend_for(device, torch.float16, "triton")
+        print(f"kernels: {backend_for(device, torch.float16, args.backend)}", file=sys.stderr)
     except ValueError as error:
         raise SystemExit(f"benchmarks.dcn: {error}") from None
     with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False):  # fp32 is to mean float32

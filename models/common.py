@@ -82,6 +82,7 @@ class DCN(nn.Module):
         self.stride, self.padding, self.dilation = s, autopad(k, p, d), d
         self.offset_groups = offset_groups
         self.backend = "auto"  # one of models.ops.deform_conv.BACKENDS
+        self.silu = False  # applied to the result; models.surgery.fuse sets it
         self.weight = nn.Parameter(torch.empty(c2, c1 // g, *kernel))
         self.bias = nn.Parameter(torch.empty(c2))
         self.conv_offset_mask = nn.Conv2d(
@@ -100,7 +101,8 @@ class DCN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         raw = self.conv_offset_mask(x)
-        return deform_conv2d_raw(x, raw, self.weight, self.bias, self.stride, self.padding, self.dilation, self.backend)
+        steps = self.stride, self.padding, self.dilation
+        return deform_conv2d_raw(x, raw, self.weight, self.bias, *steps, self.backend, self.silu)
 
     def extra_repr(self) -> str:
         c2, c1, *kernel = self.weight.shape

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from models.common import DCN, Conv, DCNConv
-from models.ops.deform_conv import backend_for, obstacle_to_triton
+from models.ops.deform_conv import backend_for, obstacle_to
 from utils.console import LOGGER, plural
 from utils.errors import ConfigError
 
@@ -17,8 +17,9 @@ from utils.errors import ConfigError
 def fuse(model: nn.Module) -> nn.Module:
     """Fold the norm of every Conv and DCNConv into its convolution, in place; for inference. Returns the model.
 
-    ``bn`` becomes an Identity, so the same forward runs; the keys conv.weight and conv.bias remain. Parameters no
-    longer ask for gradients, as the folded norms cannot be trained. Calling it again changes nothing.
+    ``bn`` becomes an Identity, so the same forward runs; the keys conv.weight and conv.bias remain. The SiLU of a
+    DCNConv moves into its DCN, whose fused kernel applies it before it writes. Parameters no longer ask for gradients,
+    as the folded norms cannot be trained. Calling it again changes nothing.
     """
     for module in model.modules():
         if isinstance(module, (Conv, DCNConv)) and isinstance(module.bn, nn.BatchNorm2d):
@@ -26,6 +27,8 @@ def fuse(model: nn.Module) -> nn.Module:
             module.conv.weight.copy_(weight)
             module.conv.bias = nn.Parameter(bias)
             module.bn = nn.Identity()
+            if isinstance(module, DCNConv) and isinstance(module.act, nn.SiLU):
+                module.conv.silu, module.act = True, nn.Identity()
     return model.requires_grad_(False)
 
 
@@ -81,10 +84,10 @@ def use_dcn_backend(model: nn.Module, name: str, device: torch.device, dtype: to
     layers = set_dcn_backend(model, name)
     if not layers:
         return
-    obstacle = obstacle_to_triton(device, dtype)
-    if obstacle and name == "triton":
+    obstacle = obstacle_to(name, device, dtype) if name != "auto" else None
+    if obstacle:
         raise ConfigError(f"--dcn-backend {name}: {obstacle}; use --dcn-backend auto")
     chosen, why = backend_for(device, dtype, name), ""
     if name == "auto" and chosen == "torchvision":
-        why = f" ({obstacle if device.type == 'cuda' else 'no CUDA device'})"
+        why = f" ({obstacle_to('triton', device, dtype, False) if device.type == 'cuda' else 'no CUDA device'})"
     LOGGER.info(f"DCN: {plural(layers, 'layer')}, backend {chosen}{why}")

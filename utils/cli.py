@@ -88,7 +88,7 @@ def image_size_flag(parser: Any, default: int = 640, nargs: str | None = None) -
 
 def add_dcn_backend_flag(group: Any) -> None:
     """--dcn-backend, the same in every script."""
-    kernels = "kernels of DCN layers; auto: triton on a GPU that has it, else torchvision"
+    kernels = "kernels of DCN layers; auto: the first that can run here"
     group.add_argument("--dcn-backend", choices=DCN_BACKENDS, default="auto", help=f"{kernels} (default: %(default)s)")
 
 

@@ -312,7 +312,7 @@ def _without_dots(path: Path) -> Path:
     return plain if plain.exists() and plain.samefile(path) else path.resolve()
 
 
-DCN_BACKENDS = ("auto", "triton", "torchvision")
+DCN_BACKENDS = ("auto", "cuda", "triton", "torchvision")
 """What --dcn-backend may be: models.ops.deform_conv.BACKENDS, for where torch is not imported."""
 
 

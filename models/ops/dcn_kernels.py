@@ -91,10 +91,10 @@ def forward(
     x, raw, weight, bias, out, H, W, Ho, Wo,
     C: tl.constexpr, N: tl.constexpr, G: tl.constexpr, OG: tl.constexpr, P: tl.constexpr, CS: tl.constexpr,
     SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
-    KW: tl.constexpr, K: tl.constexpr, LOGITS: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
-    BM: tl.constexpr, TW: tl.constexpr, BC: tl.constexpr, BN0: tl.constexpr, BN1: tl.constexpr,
+    KW: tl.constexpr, K: tl.constexpr, LOGITS: tl.constexpr, HAS_BIAS: tl.constexpr, SILU: tl.constexpr,
+    PRECISION: tl.constexpr, BM: tl.constexpr, TW: tl.constexpr, BC: tl.constexpr, BN0: tl.constexpr, BN1: tl.constexpr,
 ):  # fmt: skip
-    """out = bias + sum over taps and channels of sample * mask * weight. weight (G, K, C/G, N/G).
+    """out = bias + sum over taps and channels of sample * mask * weight, through SiLU if SILU. weight (G, K, C/G, N/G).
 
     Two accumulators, BN0 and BN1 outputs wide, share one gathered tile: N is rarely a power of two.
     """
@@ -136,10 +136,14 @@ def forward(
     o = out + (image.to(tl.int64) * Ho * Wo + pixel)[:, None] * N + g * NG
     if HAS_BIAS:
         acc0 += tl.load(bias + g * NG + n0, n0 < NG, 0.0).to(tl.float32)[None, :]
+    if SILU:
+        acc0 *= tl.sigmoid(acc0)
     tl.store(o + n0[None, :], acc0.to(out.dtype.element_ty), live[:, None] & (n0 < NG)[None, :])
     if BN1 > 0:
         if HAS_BIAS:
             acc1 += tl.load(bias + g * NG + n1, n1 < NG, 0.0).to(tl.float32)[None, :]
+        if SILU:
+            acc1 *= tl.sigmoid(acc1)
         tl.store(o + n1[None, :], acc1.to(out.dtype.element_ty), live[:, None] & (n1 < NG)[None, :])
 
 

@@ -5,14 +5,12 @@ Importing this module imports Triton; :mod:`models.ops.dcn_op` does so on first 
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-
 import torch
 import triton
 from torch import Tensor
 
 from models.ops import dcn_kernels as kernels
+from models.ops.geometry import Geometry
 from models.ops.layout import channels_last, empty_map
 
 SCRATCH_BYTES = 128 << 20
@@ -26,47 +24,9 @@ LEVELS = 2.0**62
 """Fixed point of the deterministic mode: the largest possible sum maps to this."""
 
 
-@dataclass(frozen=True)
-class Geometry:
-    """Everything about a call that the kernels take as compile-time constants; sizes in elements."""
-
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
-    kernel: tuple[int, int]
-    channels: int
-    outputs: int
-    groups: int
-    offset_groups: int
-    logits: bool
-
-    @classmethod
-    def of(cls, x, weight, stride, padding, dilation, offset_groups, logits) -> Geometry:
-        channels, (outputs, group) = x.shape[1], weight.shape[:2]
-        kernel = tuple(weight.shape[2:])
-        pairs = [tuple(int(n) for n in pair) for pair in (stride, padding, dilation)]
-        return cls(*pairs, kernel, channels, outputs, channels // group, offset_groups, logits)
-
-    @property
-    def taps(self) -> int:
-        return math.prod(self.kernel)
-
-    @property
-    def segment(self) -> int:
-        """Channels over which weight group and offset group are both constant."""
-        return math.gcd(self.channels // self.groups, self.channels // self.offset_groups)
-
-    def constants(self) -> dict[str, int | bool]:
-        (sh, sw), (ph, pw), (dh, dw) = self.stride, self.padding, self.dilation
-        return {
-            "C": self.channels, "N": self.outputs, "G": self.groups, "OG": self.offset_groups,
-            "P": 3 * self.taps * self.offset_groups, "CS": self.segment,
-            "SH": sh, "SW": sw, "PH": ph, "PW": pw, "DH": dh, "DW": dw,
-            "KW": self.kernel[1], "K": self.taps, "LOGITS": self.logits,
-        }  # fmt: skip
-
-
-def forward(x: Tensor, raw: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, tiles=None) -> Tensor:
+def forward(
+    x: Tensor, raw: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, silu: bool = False, tiles=None
+) -> Tensor:
     """Output (B, N, H', W') in the dtype of x, channels last. x, raw (B, P, H', W') and weight (N, C/G, kh, kw) on one
     device, x and weight of one dtype."""
     batch, height, width, rows, columns = x.shape[0], *x.shape[2:], *raw.shape[2:]
@@ -81,9 +41,22 @@ def forward(x: Tensor, raw: Tensor, weight: Tensor, bias: Tensor | None, geometr
     blocks = triton.cdiv(geometry.outputs // g, tiles["BN0"] + tiles["BN1"])
     kernels.forward[(patches * blocks, g)](
         x, raw, packed, bias if bias is not None else packed, out, height, width, rows, columns,
-        **geometry.constants(), HAS_BIAS=bias is not None, PRECISION=dot_precision(x.dtype), **tiles,
+        **constants(geometry), HAS_BIAS=bias is not None, SILU=silu, PRECISION=dot_precision(x.dtype), **tiles,
     )  # fmt: skip
     return out
+
+
+def gradients(
+    grad: Tensor, x: Tensor, raw: Tensor, weight: Tensor, geometry: Geometry,
+    need_x: bool, need_raw: bool, need_weight: bool, deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of x, raw and weight; those not needed may be empty."""
+    grad_x, grad_raw, grad_weight = x.new_empty(0), raw.new_empty(0), weight.new_empty(0)
+    if need_x or need_raw:
+        grad_x, grad_raw = backward(grad, x, raw, weight, geometry, need_x, deterministic)
+    if need_weight:
+        grad_weight = backward_weight(grad, x, raw, weight, geometry)
+    return grad_x, grad_raw, grad_weight
 
 
 def backward(
@@ -126,7 +99,7 @@ def backward(
         patches = patch_count(images, rows, columns, tiles)
         kernels.backward_input[(patches, 1 if patches >= BUSY else geometry.taps)](
             x, raw, packed, grad, scratch, grad_raw, scale, first, height, width, rows, columns,
-            **geometry.constants(), EXACT=deterministic and need_x, NEED_X=need_x, PRECISION=dot_precision(x.dtype),
+            **constants(geometry), EXACT=deterministic and need_x, NEED_X=need_x, PRECISION=dot_precision(x.dtype),
             **tiles,
         )  # fmt: skip
         if need_x:
@@ -153,9 +126,16 @@ def backward_weight(grad: Tensor, x: Tensor, raw: Tensor, weight: Tensor, geomet
     partial = torch.empty((splits, g, taps, n_group, c_group), dtype=torch.float32, device=x.device)
     kernels.backward_weight[(blocks, splits)](
         x, raw, grad, partial, patches, height, width, rows, columns,
-        **geometry.constants(), SPLITS=splits, PRECISION=dot_precision(x.dtype), **tiles,
+        **constants(geometry), SPLITS=splits, PRECISION=dot_precision(x.dtype), **tiles,
     )  # fmt: skip
     return partial.sum(0).permute(0, 2, 3, 1).reshape(weight.shape).to(weight.dtype)
+
+
+def constants(geometry: Geometry) -> dict[str, int]:
+    return {
+        **geometry.constants(), "G": geometry.groups, "OG": geometry.offset_groups, "KW": geometry.kernel[1],
+        "K": geometry.taps, "P": 3 * geometry.taps * geometry.offset_groups, "CS": geometry.segment,
+    }  # fmt: skip
 
 
 def fixed_point(grad: Tensor, raw: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:

@@ -1,7 +1,8 @@
 """The fused deformable convolution as operators ``dcn::forward`` and ``dcn::backward`` of torch.library.
 
 As registered operators they pass through torch.compile, torch.export and CUDA graphs in one piece, and DistributedData-
-Parallel sees ordinary gradients. The kernels are Triton's (:mod:`models.ops.dcn_launch`), imported on first use.
+Parallel sees ordinary gradients. The kernels are Triton's (:mod:`models.ops.dcn_launch`), imported on first use, and
+for the backward of usual layers, when ``native``, those in CUDA C++ (:mod:`models.ops.dcn_cuda`), which are faster.
 
 ``raw`` (B, 3*K*OG, H', W') is the output of a layer's offset convolution as it stands: 2*K*OG offsets in input pixels,
 a (y, x) pair per tap, groups outermost, then K*OG masks, or their logits when ``logits``.
@@ -9,11 +10,14 @@ a (y, x) pair per tap, groups outermost, then K*OG masks, or their logits when `
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from models.ops import dcn_cuda, nvrtc
+from models.ops.geometry import Geometry
 from models.ops.layout import empty_map
 
 
@@ -28,16 +32,21 @@ def forward(
     dilation: Sequence[int],
     offset_groups: int,
     logits: bool,
+    native: bool,
+    silu: bool,
 ) -> Tensor:
-    """(B, N, H', W') in the dtype of x, channels last; x, weight float32, float16 or bfloat16, both the same."""
+    """(B, N, H', W') in the dtype of x, channels last; x, weight float32, float16 or bfloat16, both the same.
+
+    ``native``: for the backward to come. ``silu``: the result goes through SiLU; for inference, there is no backward.
+    """
     from models.ops import dcn_launch
 
-    geometry = dcn_launch.Geometry.of(x, weight, stride, padding, dilation, offset_groups, logits)
-    return dcn_launch.forward(x, raw, weight, bias, geometry)
+    geometry = Geometry.of(x, weight, stride, padding, dilation, offset_groups, logits)
+    return dcn_launch.forward(x, raw, weight, bias, geometry, silu)
 
 
 @forward.register_fake
-def _(x, raw, weight, bias, stride, padding, dilation, offset_groups, logits):
+def _(x, raw, weight, bias, stride, padding, dilation, offset_groups, logits, native, silu):
     return empty_map(x, (x.shape[0], weight.shape[0], *raw.shape[2:]))
 
 
@@ -52,27 +61,30 @@ def backward(
     dilation: Sequence[int],
     offset_groups: int,
     logits: bool,
+    native: bool,
     need_x: bool,
     need_raw: bool,
     need_weight: bool,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, raw and weight, each in its tensor's dtype; those not needed are empty tensors."""
+    geometry = Geometry.of(x, weight, stride, padding, dilation, offset_groups, logits)
+    inputs = (grad, x, raw, weight, geometry)
+    if native and not deterministic and dcn_cuda.suits(x, weight, offset_groups):
+        try:
+            return dcn_cuda.gradients(*inputs, need_x, need_raw, need_weight)
+        except nvrtc.CudaKernelError as error:
+            warnings.warn(f"DCN backend cuda gives way to triton: {error}", stacklevel=2)
     from models.ops import dcn_launch
 
-    geometry = dcn_launch.Geometry.of(x, weight, stride, padding, dilation, offset_groups, logits)
-    grad_x, grad_raw, grad_weight = x.new_empty(0), raw.new_empty(0), weight.new_empty(0)
-    if need_x or need_raw:
-        grad_x, grad_raw = dcn_launch.backward(grad, x, raw, weight, geometry, need_x, deterministic)
-    if need_weight:
-        grad_weight = dcn_launch.backward_weight(grad, x, raw, weight, geometry)
-    return grad_x, grad_raw, grad_weight
+    return dcn_launch.gradients(*inputs, need_x, need_raw, need_weight, deterministic)
 
 
 @backward.register_fake
 def _(
-    grad, x, raw, weight, stride, padding, dilation, offset_groups, logits, need_x, need_raw, need_weight, deterministic
-):
+    grad, x, raw, weight, stride, padding, dilation, offset_groups, logits, native,
+    need_x, need_raw, need_weight, deterministic,
+):  # fmt: skip
     return (
         empty_map(x, x.shape) if need_x else x.new_empty(0),
         empty_map(raw, raw.shape) if need_x or need_raw else raw.new_empty(0),
@@ -81,7 +93,9 @@ def _(
 
 
 def _save(ctx, inputs, output) -> None:
-    x, raw, weight, bias, *ctx.geometry = inputs
+    x, raw, weight, bias, *ctx.geometry, silu = inputs
+    if silu:
+        raise RuntimeError("dcn::forward with silu has no backward; apply SiLU to its result")
     ctx.save_for_backward(x, raw, weight)
     ctx.bias_dtype = None if bias is None else bias.dtype
 
@@ -99,7 +113,7 @@ def _gradients(ctx, grad):
         grad_raw if need_raw else None,
         grad_weight if need_weight else None,
         grad_bias,
-        *(None,) * 5,
+        *(None,) * 7,
     )
 
 

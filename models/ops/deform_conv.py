@@ -2,7 +2,8 @@
 
 Blocks call :func:`deform_conv2d`, or :func:`deform_conv2d_raw` with the raw output of their offset convolution, and
 nothing else: the dtype policy, the guard against non-finite offsets and the choice of a kernel live here.
-``torchvision`` is the reference and runs everywhere; ``triton`` is the fused kernel of :mod:`models.ops.dcn_op`.
+``torchvision`` is the reference and runs everywhere; ``triton`` is the fused kernel of :mod:`models.ops.dcn_op`, and
+``cuda`` the same with kernels in CUDA C++ for the backward of 3x3 layers in half precision.
 """
 
 from __future__ import annotations
@@ -13,18 +14,20 @@ import os
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from models.ops import dcn_op
+from models.ops import dcn_op, nvrtc
 from models.ops.precision import at_least_float32
 
-__all__ = ["BACKENDS", "backend_for", "deform_conv2d", "deform_conv2d_raw", "obstacle_to_triton", "output_size"]
+__all__ = ["BACKENDS", "backend_for", "deform_conv2d", "deform_conv2d_raw", "obstacle_to", "output_size"]
 
-BACKENDS = ("auto", "triton", "torchvision")
+BACKENDS = ("auto", "cuda", "triton", "torchvision")
 FAR = 1e6
 """Pixels. Offsets are cut to +-FAR, which is outside every image: a sample there is 0 and so are its gradients."""
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-FUSED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+HALF_DTYPES = (torch.float16, torch.bfloat16)
+FUSED_DTYPES = (torch.float32, *HALF_DTYPES)
 AUTOCAST_DEVICES = ("cuda", "cpu", "mps", "xpu")
 """Named, because torch.compile of torch 2.11 cannot trace the question whether a device has autocast; meta has not."""
 LARGEST_IMAGE = 2**31 - 1
@@ -67,9 +70,10 @@ def deform_conv2d(
     stride, padding, dilation = _pair(stride), _pair(padding), _pair(dilation)
     _check_shapes(x, offset, mask, weight, bias, stride, padding, dilation)
     _check_groups(x, mask, weight, groups, offset_groups)
-    if _choose(x, weight, (offset, mask), backend) == "triton":
+    chosen = _choose(x, weight, (offset, mask), backend)
+    if chosen != "torchvision":
         raw = torch.cat([offset, mask.to(torch.promote_types(offset.dtype, mask.dtype))], 1)
-        return _fused(x, raw, weight, bias, stride, padding, dilation, logits=False)
+        return _fused(x, raw, weight, bias, stride, padding, dilation, False, chosen)
     return _reference(x, offset, mask, weight, bias, stride, padding, dilation)
 
 
@@ -82,17 +86,25 @@ def deform_conv2d_raw(
     padding: int | tuple[int, int] = 0,
     dilation: int | tuple[int, int] = 1,
     backend: str = "auto",
+    silu: bool = False,
 ) -> Tensor:
     """:func:`deform_conv2d` of a layer's raw offset convolution: ``raw`` (B, 3*OG*K, H', W') holds 2*OG*K offsets, then
-    OG*K mask logits, whose sigmoid (at least float32) is the mask. The fused kernel takes it as it is."""
+    OG*K mask logits, whose sigmoid (at least float32) is the mask. The fused kernel takes it as it is.
+
+    ``silu``: apply SiLU to the result; the fused kernel does so before it writes, where no gradient is asked for."""
     stride, padding, dilation = _pair(stride), _pair(padding), _pair(dilation)
     pairs = raw.shape[1] // 3 * 2
     offset, logits = raw[:, :pairs], raw[:, pairs:]
     _check_shapes(x, offset, logits, weight, bias, stride, padding, dilation)
-    if _choose(x, weight, (raw,), backend) == "triton":
-        return _fused(x, raw, weight, bias, stride, padding, dilation, logits=True)
-    mask = at_least_float32(logits).sigmoid()
-    return _reference(x, offset, mask, weight, bias, stride, padding, dilation)
+    chosen = _choose(x, weight, (raw,), backend)
+    if chosen == "torchvision":
+        out = _reference(x, offset, at_least_float32(logits).sigmoid(), weight, bias, stride, padding, dilation)
+    else:
+        inputs = (x, raw, weight) if bias is None else (x, raw, weight, bias)
+        inside = silu and not (torch.is_grad_enabled() and any(t.requires_grad for t in inputs))
+        out = _fused(x, raw, weight, bias, stride, padding, dilation, True, chosen, inside)
+        silu = silu and not inside
+    return F.silu(out) if silu else out
 
 
 def output_size(
@@ -110,45 +122,46 @@ def output_size(
 
 
 def backend_for(device: torch.device | str, dtype: torch.dtype, backend: str = "auto") -> str:
-    """``triton`` or ``torchvision``: what runs for maps of ``dtype`` on ``device`` when ``backend`` is asked for.
+    """``cuda``, ``triton`` or ``torchvision``: what runs for maps of ``dtype`` on ``device`` if asked for ``backend``.
 
-    ``auto`` takes triton on CUDA devices of compute capability 8.0 or newer if the package is there and dtype is not
-    float64. Raises ValueError, naming the reason, where ``triton`` is asked for and cannot run.
+    ``auto`` takes the first of them that can run: the fused ones on CUDA devices of compute capability 8.0 or newer.
+    Raises ValueError, naming the reason, where ``cuda`` or ``triton`` is asked for and cannot run.
     """
     if backend not in BACKENDS:
         raise ValueError(f"DCN backend {backend!r} is unknown: choose one of {', '.join(BACKENDS)}")
+    device = torch.device(device)
+    if backend == "auto":
+        return next((name for name in ("cuda", "triton") if not obstacle_to(name, device, dtype, False)), "torchvision")
+    obstacle = obstacle_to(backend, device, dtype)
+    if obstacle:
+        raise ValueError(f"DCN backend {backend} cannot run here: {obstacle}")
+    return backend
+
+
+def obstacle_to(backend: str, device: torch.device, dtype: torch.dtype, explicit: bool = True) -> str | None:
+    """Why ``backend`` cannot run for maps of ``dtype`` on ``device``, or None. ``explicit``: it was asked for by name,
+    so that Triton's interpreter will do."""
     if backend == "torchvision":
-        return backend
-    obstacle = obstacle_to_triton(torch.device(device), dtype, explicit=backend == "triton")
-    if obstacle is None:
-        return "triton"
-    if backend == "triton":
-        raise ValueError(f"DCN backend triton cannot run here: {obstacle}")
-    return "torchvision"
-
-
-def obstacle_to_triton(device: torch.device, dtype: torch.dtype, explicit: bool = True) -> str | None:
-    """Why the fused kernel cannot run for maps of ``dtype`` on ``device``, or None. ``explicit``: it was asked for by
-    name, so that Triton's interpreter will do."""
+        return None
     if not HAS_TRITON:
         return "the triton package is not installed"
     interpreted = explicit and os.environ.get("TRITON_INTERPRET") == "1"  # Triton's own switch: kernels run on the CPU
-    if device.type != "cuda" and not interpreted:
+    if device.type != "cuda" and not (interpreted and backend == "triton"):
         return f"it needs a CUDA device, not {device.type}"
     if device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
         return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
-    if dtype not in FUSED_DTYPES:
+    if dtype not in (HALF_DTYPES if backend == "cuda" else FUSED_DTYPES):
         return f"{str(dtype).removeprefix('torch.')} is not supported"
-    return None
+    return nvrtc.obstacle() if backend == "cuda" else None
 
 
 def _choose(x: Tensor, weight: Tensor, rest: tuple[Tensor, ...], backend: str) -> str:
     """The backend for these tensors; an image too large for the fused kernel's counters goes to torchvision."""
     double = any(t.dtype == torch.float64 for t in (x, weight, *rest))
-    chosen = backend_for(x.device, torch.float64 if double else x.dtype, backend)
-    if chosen == "triton" and _largest_image(x, weight, rest) > LARGEST_IMAGE:
-        if backend == "triton":
-            raise ValueError(f"DCN backend triton: an image of {tuple(x.shape[1:])} has more than 2^31 elements")
+    chosen = backend_for(x.device, torch.float64 if double else _result_dtype(x), backend)
+    if chosen != "torchvision" and _largest_image(x, weight, rest) > LARGEST_IMAGE:
+        if backend == chosen:
+            raise ValueError(f"DCN backend {chosen}: an image of {tuple(x.shape[1:])} has more than 2^31 elements")
         return "torchvision"
     return chosen
 
@@ -159,12 +172,24 @@ def _largest_image(x: Tensor, weight: Tensor, rest: tuple[Tensor, ...]) -> int:
     return max(math.prod(x.shape[1:]), channels * math.prod(rest[0].shape[2:]))
 
 
-def _fused(x, raw, weight, bias, stride, padding, dilation, logits: bool) -> Tensor:
+def _fused(x, raw, weight, bias, stride, padding, dilation, logits: bool, backend: str, silu: bool = False) -> Tensor:
     """The registered operator, on x and weight in the result's dtype; offsets keep the precision they came in."""
     dtype = _result_dtype(x)
     taps = weight.shape[2] * weight.shape[3]
     offset_groups = raw.shape[1] // (3 * taps)
-    return dcn_op.forward(x.to(dtype), raw, weight.to(dtype), bias, stride, padding, dilation, offset_groups, logits)
+    return dcn_op.forward(
+        x.to(dtype),
+        raw,
+        weight.to(dtype),
+        bias,
+        stride,
+        padding,
+        dilation,
+        offset_groups,
+        logits,
+        backend == "cuda",
+        silu,
+    )
 
 
 def _reference(x, offset, mask, weight, bias, stride, padding, dilation) -> Tensor:

@@ -16,7 +16,7 @@ from triton.compiler import ASTSource
 
 from models.ops import dcn_kernels as kernels
 from models.ops import dcn_launch
-from models.ops.dcn_launch import Geometry
+from models.ops.geometry import Geometry
 
 SHARED = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10}
 """Bytes a program may have, by compute capability (CUDA C++ Programming Guide, table of technical specifications)."""
@@ -35,7 +35,7 @@ def signature(kernel, dtype: torch.dtype) -> dict[str, str]:
 def compiled(kernel, geometry: Geometry, dtype: torch.dtype, tiles: dict, extra: dict, capability: int):
     tiles = {k: v for k, v in tiles.items() if k != "PROGRAMS"}
     options = {k: tiles.pop(k) for k in ("num_warps", "num_stages")}
-    constants = {**geometry.constants(), **tiles, **extra, "PRECISION": "ieee"}
+    constants = {**dcn_launch.constants(geometry), **tiles, **extra, "PRECISION": "ieee"}
     types = signature(kernel, dtype)
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(types) if types[name].startswith("*")}
     source = ASTSource(kernel, types, constants, aligned)
@@ -49,7 +49,7 @@ def main() -> None:
             x, weight = torch.empty(1, channels, 1, 1), torch.empty(outputs, channels, 3, 3)
             geometry = Geometry.of(x, weight, (2, 2), (1, 1), (1, 1), 1, True)
             for kernel, tiles, extra in (
-                (kernels.forward, dcn_launch.forward_tiles(geometry, dtype, shared), {"HAS_BIAS": True}),
+                (kernels.forward, dcn_launch.forward_tiles(geometry, dtype, shared), {"HAS_BIAS": True, "SILU": True}),
                 (kernels.backward_input, dcn_launch.input_tiles(geometry, dtype, shared), BACKWARD),
                 (kernels.backward_weight, dcn_launch.weight_tiles(geometry, dtype), {"SPLITS": 8}),
             ):

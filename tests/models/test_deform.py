@@ -227,3 +227,22 @@ def test_the_bundled_checkpoint_gains_dcn_without_losing_what_it_knows() -> None
     x = image((1, 3, 96, 96))
     expected, found = plain.eval()(x)[0], model.eval()(x)[0]
     assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+@torch.no_grad()
+def test_plain_weights_in_a_model_with_dcnconv_give_the_plain_output(tmp_path: Path) -> None:
+    """And back: a model YAML with DCNConv or C3DCN rows starts from a plain checkpoint as --dcn does."""
+    x = image((1, 3, 64, 64))
+    pairs = [("yolov5s.yaml", "hub/yolov5s-dcnconv.yaml"), ("yolov5s.yaml", "hub/yolov5s-c3dcn.yaml")]
+    for start, goal in pairs + [pair[::-1] for pair in pairs]:
+        model = fill(DetectionModel(start, nc=2))
+        for module in model.modules():
+            if isinstance(module, DCN):  # as it is at its start
+                module.conv_offset_mask.requires_grad_(False).weight.zero_()
+                module.conv_offset_mask.bias.zero_()
+                module.bias.zero_()
+        save_checkpoint(tmp_path / "start.pt", model.state_dict(), {"yaml": model.yaml, "nc": 2})
+        other, _ = build_or_load(goal, tmp_path / "start.pt", nc=2)
+        other.detect.anchors.copy_(model.detect.anchors)
+        expected, found = model(x)[0], other.eval()(x)[0]
+        assert (found - expected).abs().max() < 1e-4 * expected.abs().max()

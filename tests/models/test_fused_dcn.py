@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from models.common import DCN
-from models.ops import deform_conv
+from models.ops import deform_conv, nvrtc
 from models.ops.deform_conv import backend_for, deform_conv2d, deform_conv2d_raw, output_size
 from tests.models.test_deform_conv import CASES, make, relative, slow
 
@@ -289,8 +289,8 @@ def test_raw_form_takes_the_sigmoid_itself(device: str) -> None:
 def test_opcheck(device: str) -> None:
     (x, raw, weight, bias), geometry = raw_inputs(device)
     pairs = [list(p) if isinstance(p, tuple) else [p, p] for p in geometry]
-    torch.library.opcheck(torch.ops.dcn.forward.default, (x, raw, weight, bias, *pairs, 1, True))
-    torch.library.opcheck(torch.ops.dcn.forward.default, (x, raw, weight, None, *pairs, 1, False))
+    torch.library.opcheck(torch.ops.dcn.forward.default, (x, raw, weight, bias, *pairs, 1, True, False, False))
+    torch.library.opcheck(torch.ops.dcn.forward.default, (x, raw, weight, None, *pairs, 1, False, True, False))
 
 
 def test_compiles_and_exports_in_one_graph(device: str) -> None:
@@ -354,17 +354,37 @@ def test_kernels_fit_gpus_that_are_not_here(capability: str, device: str) -> Non
 
 
 def test_choice(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_gpu = device == "cuda"
     assert backend_for(device, torch.float32, "triton") == "triton"
-    assert backend_for(device, torch.bfloat16, "auto") == ("triton" if device == "cuda" else "torchvision")
+    assert backend_for(device, torch.float32, "auto") == ("triton" if on_gpu else "torchvision")
+    assert backend_for(device, torch.bfloat16, "auto") == ("cuda" if on_gpu else "torchvision")
     assert backend_for(device, torch.float32, "torchvision") == "torchvision"
     with pytest.raises(ValueError, match="float64 is not supported"):
         backend_for(device, torch.float64, "triton")
-    with pytest.raises(ValueError, match="choose one of auto, triton, torchvision"):
+    with pytest.raises(ValueError, match="float32 is not supported" if on_gpu else "needs a CUDA device, not cpu"):
         backend_for(device, torch.float32, "cuda")
+    with pytest.raises(ValueError, match="choose one of auto, cuda, triton, torchvision"):
+        backend_for(device, torch.float32, "mmcv")
+    if on_gpu:
+        monkeypatch.setattr(nvrtc, "obstacle", lambda: "no NVRTC")
+        assert backend_for(device, torch.bfloat16, "auto") == "triton"
     monkeypatch.setattr(deform_conv, "HAS_TRITON", False)
     with pytest.raises(ValueError, match="triton package is not installed"):
         backend_for(device, torch.float32, "triton")
     assert backend_for(device, torch.float32) == "torchvision"
+
+
+def test_silu_inside_the_kernel(device: str) -> None:
+    (x, raw, weight, bias), geometry = raw_inputs(device)
+    expected = F.silu(deform_conv2d_raw(x, raw, weight, bias, *geometry, backend="torchvision"))
+    with torch.no_grad():
+        inside = deform_conv2d_raw(x, raw, weight, bias, *geometry, backend="triton", silu=True)
+    after = deform_conv2d_raw(x, raw, weight, bias, *geometry, backend="triton", silu=True)
+    assert after.requires_grad and not inside.requires_grad
+    assert relative(inside, expected.detach().double()) < 1e-6 and relative(after.detach(), expected.detach()) < 1e-6
+    pairs = [list(p) if isinstance(p, tuple) else [p, p] for p in geometry]
+    with pytest.raises(RuntimeError, match="silu has no backward"):
+        torch.ops.dcn.forward(x, raw, weight, bias, *pairs, 1, True, False, True)
 
 
 def test_an_image_beyond_the_counters_goes_to_torchvision(device: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ checkpoint rebuilds its model by itself.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import replace
 
 import torch
@@ -45,6 +45,16 @@ def make_deformable(model: nn.Module, requests: Sequence[str | int], where: str 
     for index in {int(path.split(".")[0]) for path in paths}:
         _describe(model, index)
     return paths
+
+
+def factor_between(name: str, source: Container[str], target: Container[str]) -> float:
+    """By what the entry ``name`` of a state dict changes on its way from one model into another, given the names of
+    both: a DCN's weight is twice that of the convolution whose place it takes. 1 for everything else."""
+    stem, _, last = name.rpartition(".")
+    branch = f"{stem}.conv_offset_mask.weight"
+    if last != "weight" or (branch in source) == (branch in target):
+        return 1.0
+    return 2.0 if branch in target else 0.5
 
 
 def parse_requests(text: str) -> list[str]:

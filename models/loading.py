@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from models.deform import factor_between
 from models.ensemble import Ensemble
 from models.parser import described_values
 from models.spec import ModelSpec, read_spec
@@ -182,7 +183,8 @@ def _description(checkpoint: Checkpoint) -> dict:
 
 @torch.no_grad()
 def _transfer(model: nn.Module, checkpoint: Checkpoint, keep_anchors: bool) -> LoadReport:
-    """Copy what fits by name and shape, whatever the file's float dtype."""
+    """Copy what fits by name and shape, whatever the file's float dtype. Between a convolution and a DCN in its place
+    the weight changes by :func:`models.deform.factor_between`, so that the layer gives what it gave."""
     own: dict[str, Tensor] = model.state_dict()
     transferred, missing, mismatched = 0, [], []
     for name, target in own.items():
@@ -192,7 +194,8 @@ def _transfer(model: nn.Module, checkpoint: Checkpoint, keep_anchors: bool) -> L
         elif value.shape != target.shape:
             mismatched.append(f"{name} {tuple(value.shape)} -> {tuple(target.shape)}")
         else:
-            target.copy_(value)
+            factor = factor_between(name, checkpoint.model, own)
+            target.copy_(value if factor == 1 else value * factor)
             transferred += 1
     if transferred == 0:
         raise CheckpointError(

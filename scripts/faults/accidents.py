@@ -112,22 +112,22 @@ def kill_first(folder: Path) -> Result:
     return resumed(folder, struck, "", -signal.SIGKILL)
 
 
-@accident("kill -9 in the middle of writing last.pt", "test_a_run_without_a_checkpoint_starts_again")
+@accident("kill -9 in the middle of writing last.pt", "tests/foundation/test_files.py")
 def kill_last(folder: Path) -> Result:
     return killed(folder, "kill-in-save:4")
 
 
-@accident("kill -9 in the middle of writing best.pt", "test_a_run_without_a_checkpoint_starts_again")
+@accident("kill -9 in the middle of writing best.pt", "tests/foundation/test_files.py")
 def kill_best(folder: Path) -> Result:
     return killed(folder, "kill-in-save:3")
 
 
-@accident("kill -9 when last.pt is written but has not its name yet", "test_a_run_without_a_checkpoint_starts_again")
+@accident("kill -9 when last.pt is written but has not its name yet", "tests/foundation/test_files.py")
 def kill_rename(folder: Path) -> Result:
     return killed(folder, "kill-before-rename:4")
 
 
-@accident("kill -9 between best.pt and last.pt", "test_a_run_without_a_checkpoint_starts_again")
+@accident("kill -9 between best.pt and last.pt", "tests/cli/test_train.py")
 def kill_between(folder: Path) -> Result:
     return killed(folder, "kill-before-last:2")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -136,3 +137,19 @@ def test_leftovers_of_a_kill_are_removed(tmp_path: Path) -> None:
     assert not (tmp_path / ".a.npz.x2.tmp").exists() and (tmp_path / ".a.npz.x1.tmp").exists()
     remove_leftovers(tmp_path, tmp_path / "nowhere")
     assert sorted(path.name for path in tmp_path.iterdir()) == [".a.npz", "a.npz"]
+
+
+def test_a_kill_in_the_middle_of_a_write_leaves_the_old_file(tmp_path: Path) -> None:
+    """kill -9: nothing can be caught. What is left is the whole old file and a hidden half that nobody reads."""
+    target = tmp_path / "last.pt"
+    atomic_write(target, "old")
+    child = os.fork()
+    if not child:
+        with atomic_open(target) as file:
+            file.write(b"half of the new")
+            file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert target.read_text() == "old" and len(list(tmp_path.iterdir())) == 2
+    remove_leftovers(tmp_path)
+    assert list(tmp_path.iterdir()) == [target]

@@ -79,6 +79,13 @@ def run(
     before_exec: Callable[[], None] | None = None,
 ) -> Done:
     """Run to the end, ``strike`` once ``after`` was printed (or so many seconds have passed)."""
+
+    def prepare() -> None:
+        for number in (signal.SIGINT, signal.SIGHUP):  # nohup and a shell's & turn them off, also for what we start
+            signal.signal(number, signal.SIG_DFL)
+        if before_exec:
+            before_exec()
+
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT)}
     env |= {"XDG_CACHE_HOME": str(folder / "cache")}
     output = folder / "output.txt"
@@ -90,7 +97,7 @@ def run(
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            preexec_fn=before_exec,
+            preexec_fn=prepare,
         )
         start = time.monotonic()
         waiting = strike is not None

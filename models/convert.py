@@ -11,12 +11,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
-from models.loading import fill_described
-from models.spec import read_spec
-from models.upstream import Upstream, read_weights
+from models.loading import described_by, fill_described, is_wts, read_any_weights
+from models.upstream import Upstream
 from utils.checkpoint import Checkpoint, save_checkpoint
 from utils.cli import Parser
 from utils.console import LOGGER, plural, setup_console
@@ -33,25 +31,16 @@ def convert(source: str | Path, output: str | Path, cfg: str | Path | None = Non
     source, output = Path(source), Path(output)
     if output.exists() and output.samefile(source):
         raise CheckpointError(f"--output {output}: is the file to convert; give another name")
-    checkpoint = read_weights(source)
-    if not isinstance(checkpoint, Upstream) and checkpoint.meta:
+    checkpoint = read_any_weights(source)
+    if not isinstance(checkpoint, Upstream) and checkpoint.meta and not is_wts(source):
         raise CheckpointError(f"{source}: is a checkpoint of this program already")
     if cfg:
-        checkpoint = replace(checkpoint, meta={**checkpoint.meta, **_described_by(cfg, checkpoint)})
+        checkpoint = described_by(cfg, checkpoint)
     model = fill_described(checkpoint)
-    state = {name: checkpoint.model[name] for name in model.state_dict()}
+    state = {name: checkpoint.model[name].view_as(value) for name, value in model.state_dict().items()}
     meta = {**checkpoint.meta, "yaml": model.yaml, "nc": model.nc, "names": dict(model.names)}
     save_checkpoint(output, state, meta)
     return f"{_found(checkpoint, model)}\nSaved to {output} ({output.stat().st_size / 1e6:.1f} MB)"
-
-
-def _described_by(cfg: str | Path, checkpoint: Checkpoint) -> dict:
-    """``meta`` entries from a model YAML; the class count is that of the weights, where the head shows it."""
-    spec = read_spec(cfg)
-    biases = [tensor for name, tensor in checkpoint.model.items() if name.endswith(".m.0.bias") and tensor.dim() == 1]
-    outputs = len(biases[-1]) / spec.anchors_per_cell if biases else 0
-    nc = int(outputs) - 5 if outputs > 5 and outputs.is_integer() else spec.nc
-    return {"yaml": {**spec.yaml, "nc": nc}, "nc": nc}
 
 
 def _found(checkpoint: Checkpoint, model) -> str:

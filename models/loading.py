@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -20,6 +20,10 @@ from utils.checkpoint import Checkpoint
 from utils.console import LOGGER
 from utils.errors import CheckpointError, ConfigError
 from utils.safe_names import MAX_NAME, printable
+from utils.wts import read_wts
+
+BESIDE_THE_WEIGHTS = ("anchor_grid", "strides")
+"""Tensors of Detect in a .wts that C++ readers need and no state dict holds."""
 
 
 @dataclass(frozen=True)
@@ -88,27 +92,41 @@ def build_or_load(
 
 
 def load_model(
-    weights: str | Path | Sequence[str | Path], device: torch.device | str = "cpu", fuse: bool = True
+    weights: str | Path | Sequence[str | Path],
+    device: torch.device | str = "cpu",
+    fuse: bool = True,
+    cfg: str | Path | None = None,
 ) -> DetectionModel | Ensemble:
     """A model for inference: eval mode, float32, on ``device``, norms folded unless ``fuse`` is False. Several files
-    make an Ensemble.
+    make an Ensemble. ``cfg``: the model YAML, for a file that holds tensors only (a .wts of another program).
 
-    Raises CheckpointError for a file that is missing, damaged or incomplete. Nothing is downloaded.
+    Raises ConfigError for a faulty ``cfg``, CheckpointError for a file that is missing, damaged or incomplete. Nothing is downloaded.
     """
     paths = [weights] if isinstance(weights, (str, Path)) else list(weights)
     if not paths:
         raise CheckpointError("no weights given: name at least one checkpoint")
     # channels last: the order that both cuDNN and oneDNN convolve fastest (a quarter less time on a CPU at batch 1)
-    models = [_load_one(path, fuse).to(device, memory_format=torch.channels_last) for path in paths]
+    models = [_load_one(path, fuse, cfg).to(device, memory_format=torch.channels_last) for path in paths]
     if len(models) == 1:
         return models[0]
     LOGGER.info(f"Ensemble created with {[str(path) for path in paths]}")
     return Ensemble(models).eval()
 
 
-def _load_one(path: str | Path, fuse: bool) -> DetectionModel:
-    model = fill_described(_read(path)).eval()
+def _load_one(path: str | Path, fuse: bool, cfg: str | Path | None) -> DetectionModel:
+    checkpoint = _read(path)
+    model = fill_described(described_by(cfg, checkpoint) if cfg else checkpoint).eval()
     return fuse_norms(model) if fuse else model
+
+
+def described_by(cfg: str | Path, checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with a model YAML as its description; the class count is that of the weights, where the head shows
+    it. Raises ConfigError for a faulty YAML."""
+    spec = read_spec(cfg)
+    biases = [tensor for name, tensor in checkpoint.model.items() if name.endswith(".m.0.bias") and tensor.dim() == 1]
+    outputs = len(biases[-1]) / spec.anchors_per_cell if biases else 0
+    nc = int(outputs) - 5 if outputs > 5 and outputs.is_integer() else spec.nc
+    return replace(checkpoint, meta={**checkpoint.meta, "yaml": {**spec.yaml, "nc": nc}, "nc": nc})
 
 
 def fill_described(checkpoint: Checkpoint) -> DetectionModel:
@@ -157,18 +175,32 @@ def _check_size(checkpoint: Checkpoint, spec: ModelSpec) -> None:
 
 
 def _differences(model: DetectionModel, checkpoint: Checkpoint) -> list[str]:
-    """Where a checkpoint of YOLOv5 has other modules than the model built from its description."""
-    if not isinstance(checkpoint, Upstream):
-        return []
+    """Where a checkpoint of YOLOv5 has other modules than the model built from its description, or a .wts tensors that
+    the model has no place for."""
     own = model.state_dict()
     unknown = [f"{name} has no place here" for name in checkpoint.model if name not in own]
-    return differences(model, checkpoint.modules) + unknown
+    if is_wts(checkpoint.path):
+        return [line for line in unknown if not line.split()[0].endswith(BESIDE_THE_WEIGHTS)]
+    return differences(model, checkpoint.modules) + unknown if isinstance(checkpoint, Upstream) else []
 
 
 def _read(path: str | Path) -> Checkpoint:
     if Path(path).suffix in (".yaml", ".yml"):
         raise CheckpointError(f"{path}: a model YAML holds no weights; use --cfg {path}")
-    return read_weights(path)
+    return read_any_weights(path)
+
+
+def read_any_weights(path: str | Path) -> Checkpoint:
+    """:func:`models.upstream.read_weights`, or a .wts as a Checkpoint whose tensors are flat, without shapes."""
+    if not is_wts(path):
+        return read_weights(path)
+    tensors, meta = read_wts(path)
+    return Checkpoint(Path(path), tensors, meta)
+
+
+def is_wts(path: str | Path) -> bool:
+    """Whether the file's name is that of tensors as text (utils/wts.py)."""
+    return Path(path).suffix == ".wts"
 
 
 def _description(checkpoint: Checkpoint) -> dict:
@@ -189,6 +221,8 @@ def _transfer(model: nn.Module, checkpoint: Checkpoint, keep_anchors: bool) -> L
     transferred, missing, mismatched = 0, [], []
     for name, target in own.items():
         value = checkpoint.model.get(name)
+        if value is not None and is_wts(checkpoint.path) and value.numel() == target.numel():
+            value = value.view_as(target)  # a .wts has no shapes
         if value is None or ("anchor" in name and not keep_anchors):
             missing.append(name)
         elif value.shape != target.shape:

@@ -1,0 +1,91 @@
+"""Whether an exported file computes what the model does: both see the same picture."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from utils.augmentations import letterbox
+from utils.device import to_network_input
+from utils.errors import ExportError
+from utils.nms import non_max_suppression
+
+SHOWN = 0.01
+"""Boxes are compared where the model's or the file's score is above: elsewhere they are noise that nobody sees."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The largest between a file and the model: ``box`` in pixels, ``relative`` to the longer side of the box (at least
+    32 pixels), ``score`` in confidence; over ``boxes`` that were compared."""
+
+    box: float
+    relative: float
+    score: float
+    boxes: int
+
+    def text(self) -> str:
+        return f"largest difference to PyTorch {self.box:.2g} px, {self.score:.2g} in confidence ({self.boxes} boxes)"
+
+
+LIMITS = {False: (1e-3, 1e-3), True: (3e-2, 3e-2)}
+"""By ``half``: the largest relative and score difference that passes. Float32 runtimes sum in another order; float16
+rounds every layer."""
+
+
+def input_batch(image: np.ndarray, imgsz: tuple[int, int], batch: int, device: torch.device) -> Tensor:
+    """The picture, uint8 (H, W, 3) RGB, letterboxed, then its mirror image, in turns: (batch, 3, H, W) float32."""
+    boxed, _ = letterbox(image, imgsz, auto=False)
+    views = [boxed if number % 2 == 0 else boxed[:, ::-1] for number in range(batch)]
+    stacked = torch.from_numpy(np.ascontiguousarray(np.stack(views))).permute(0, 3, 1, 2)
+    return to_network_input(stacked, device).contiguous()
+
+
+def difference(expected: Tensor, found: Tensor) -> Difference:
+    """Between decoded predictions (B, N, 5 + nc) of the model and of the file."""
+    expected, found = expected.float().cpu(), found.float().cpu()
+    if expected.shape != found.shape:
+        raise ExportError(f"gives {tuple(found.shape)}, the model {tuple(expected.shape)}")
+    scores = [(rows[..., 4:5] * rows[..., 5:]) for rows in (expected, found)]
+    shown = torch.maximum(*(each.amax(-1) for each in scores)) > SHOWN
+    apart = (expected - found).abs()[..., :4][shown]
+    sides = expected[..., 2:4][shown].amax(-1, keepdim=True).clamp(min=32)
+    score = float((scores[0] - scores[1]).abs().max())
+    return Difference(_largest(apart), _largest(apart / sides), score, int(shown.sum()))
+
+
+def detection_difference(expected: Tensor, found: Tensor, conf: float, iou: float) -> Difference:
+    """The same for a file with suppression inside: its boxes beside those that are suppressed here.
+
+    Raises ExportError where one has a box that the other lacks.
+    """
+    largest, boxes = [0.0, 0.0, 0.0], 0
+    suppressed = (non_max_suppression(rows, conf, iou) for rows in (expected.float().cpu(), found.float().cpu()))
+    for here, there in zip(*suppressed):
+        if len(here) != len(there):
+            raise ExportError(f"finds {len(there)} objects where the model finds {len(here)}")
+        for own in here:
+            same = there[there[:, 5] == own[5]]
+            apart = (same[:, :4] - own[:4]).abs().amax(-1)
+            if not len(same):
+                raise ExportError(f"finds no object of class {int(own[5])} where the model does")
+            nearest = same[apart.argmin()]
+            side = max(float((own[2:4] - own[:2]).max()), 32.0)
+            values = float(apart.min()), float(apart.min()) / side, abs(float(nearest[4] - own[4]))
+            largest = [max(pair) for pair in zip(largest, values)]
+            boxes += 1
+    return Difference(*largest, boxes)
+
+
+def refuse_if_far(found: Difference, half: bool) -> None:
+    """Raise ExportError for a difference beyond LIMITS, or one that is no number."""
+    relative, score = LIMITS[half]
+    if not (found.relative <= relative and found.score <= score):
+        raise ExportError(f"does not compute what the model does: {found.text()}")
+
+
+def _largest(values: Tensor) -> float:
+    return float(values.max()) if values.numel() else 0.0

@@ -1,0 +1,205 @@
+"""From a checkpoint to files in other formats, each reopened and compared before it gets its name."""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from deploy.checking import Difference, detection_difference, difference, input_batch, refuse_if_far
+from deploy.contract import Runtime
+from deploy.formats import Format
+from deploy.metadata import Metadata, describe
+from deploy.runtime import open_runtime
+from deploy.to_onnx import check_opset, export_onnx
+from deploy.to_torch import export_aoti, export_torchscript
+from deploy.to_wts import compare_wts, export_wts
+from deploy.wrap import ExportModel, has_dcn
+from models.ensemble import Ensemble
+from models.head import side_multiple
+from models.loading import load_model
+from models.surgery import fuse
+from models.yolo import DetectionModel
+from utils.console import LOGGER
+from utils.errors import ConfigError, ExportError, ResourceError, UserError, explain_memory_error, explain_os_error
+
+WIDE = ("openvino", "ncnn")
+"""Formats whose converters make float16 themselves, from a float32 model."""
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What the flags of export.py ask for. ``imgsz`` (height, width); ``nms``: suppression inside, with ``conf``,
+    ``iou`` and ``max_det``; ``folder``: where files go, None for beside the weights."""
+
+    imgsz: tuple[int, int] = (640, 640)
+    batch: int = 1
+    dynamic: bool = False
+    half: bool = False
+    opset: int | None = None
+    dcn: str = "deformconv"
+    nms: bool = False
+    conf: float = 0.25
+    iou: float = 0.45
+    max_det: int = 100
+    folder: Path | None = None
+    device: torch.device = torch.device("cpu")
+    meta: bool = True
+
+
+@dataclass(frozen=True)
+class Job:
+    """One model and all that the writers need. ``plain`` has its norms, on the CPU; ``image`` is what files are compared
+    on, uint8 (H, W, 3) RGB."""
+
+    weights: Path
+    options: ExportOptions
+    plain: DetectionModel
+    image: np.ndarray | None = None
+
+    @cached_property
+    def model(self) -> DetectionModel:
+        """The model with its norms folded, on the device of the options."""
+        return fuse(copy.deepcopy(self.plain)).to(self.options.device)
+
+
+def prepare(
+    weights: str | Path, options: ExportOptions, image: np.ndarray | None = None, cfg: str | None = None
+) -> Job:
+    """Load the model. ``image``: see :class:`Job`; .wts needs none. ``cfg``: the model YAML of a file without one.
+
+    Raises ConfigError for a size that is no multiple of the stride or an opset that cannot be; CheckpointError.
+    """
+    plain = load_model(weights, "cpu", fuse=False, cfg=cfg)
+    assert not isinstance(plain, Ensemble)
+    multiple = side_multiple(plain.stride)
+    if any(side % multiple for side in options.imgsz):
+        raise ConfigError(f"--imgsz {options.imgsz[0]} {options.imgsz[1]}: not multiples of the stride {multiple}")
+    check_opset(options.opset, options.dcn if has_dcn(plain) else "")
+    return Job(Path(weights), options, plain, image)
+
+
+def export(job: Job, kind: Format, target: Path | None = None) -> Path:
+    """Write one format, reopen it, compare it with the model on the picture, give it its name; returns that
+    (``target``, or what :meth:`Format.file_for` says).
+
+    An older file of that name is replaced only then. Raises ExportError for a model that the format cannot hold and for
+    a file that computes something else; ResourceError where the folder cannot be written to.
+    """
+    target = target or kind.file_for(job.weights, job.options.folder)
+    if target.exists() and target.samefile(job.weights):
+        raise ConfigError(
+            f"--include {kind.name}: would replace {job.weights} itself; give another folder with --output"
+        )
+    start = time.perf_counter()
+    folder = _temporary_folder(target.parent)
+    try:
+        made = folder / target.name
+        compared = _write(job, kind, made)
+        seconds, size = time.perf_counter() - start, _size(made)
+        _rename(made, target, folder)
+    except UserError as error:
+        raise type(error)(f"{target}: {error}") if isinstance(error, ExportError) else error
+    except OSError as error:
+        raise ResourceError(explain_os_error(error) or f"{target}: cannot be written ({error.strerror})") from error
+    except Exception as error:  # a converter's own, of any kind
+        reason = (
+            explain_memory_error(error) or f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+        )
+        raise ExportError(f"{target}: {kind.name} cannot hold this model ({reason[:300]})") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    LOGGER.info(f"{kind.name}: {target} ({size / 1e6:.1f} MB, {seconds:.1f} s), {compared}")
+    return target
+
+
+def _write(job: Job, kind: Format, path: Path) -> str:
+    """Write and compare; returns what was found, for the log."""
+    meta = metadata(job, kind.name)
+    if kind.name == "wts":
+        export_wts(job.plain, path, meta if job.options.meta else None)
+        compare_wts(job.plain, path)
+        return "read back, every value the same"
+    model = ExportModel(job.model, job.options.dcn, meta.half and kind.name not in WIDE).to(job.options.device)
+    dtype = torch.float16 if meta.half and kind.name not in WIDE else torch.float32
+    # two images for a free batch: a dimension of one would be taken for a constant
+    count = 2 if meta.dynamic and kind.name != "ncnn" else meta.batch
+    example = input_batch(job.image, meta.imgsz, count, job.options.device).to(dtype)
+    _writer(job, kind.name)(model, example, path, meta)
+    del model
+    return "; ".join(each.text() for each in compare(job, open_runtime(path, job.options.device)))
+
+
+def metadata(job: Job, name: str) -> Metadata:
+    """What the file of a format will say of itself."""
+    options = job.options
+    form = options.dcn if has_dcn(job.plain) and name != "wts" else ""
+    meta = describe(job.plain, options.imgsz, batch=options.batch, dynamic=options.dynamic, half=options.half, dcn=form)
+    return replace(meta, nms=options.nms) if name == "onnx" else meta
+
+
+def _writer(job: Job, name: str) -> Callable[[ExportModel, Tensor, Path, Metadata], None]:
+    options = job.options
+    if name == "onnx":
+        suppress = {"conf": options.conf, "iou": options.iou, "max_det": options.max_det} if options.nms else None
+        opset = check_opset(options.opset, options.dcn if has_dcn(job.plain) else "")
+        return partial(export_onnx, opset=opset, suppress=suppress)
+    if name == "openvino":
+        from deploy.to_openvino import export_openvino
+
+        return export_openvino
+    if name == "ncnn":
+        from deploy.to_ncnn import export_ncnn
+
+        return export_ncnn
+    return {"torchscript": export_torchscript, "aoti": export_aoti}[name]
+
+
+def compare(job: Job, runtime: Runtime) -> list[Difference]:
+    """The file beside the model on the picture, in the size it was made for; a file for any size also in another and
+    with another number of images. Raises ExportError where they differ by more than rounding."""
+    meta, options = runtime.meta, job.options
+    cases = [(meta.imgsz, options.batch)]
+    if meta.dynamic:
+        other = tuple(max(side // 2 // meta.stride, 1) * meta.stride for side in (meta.imgsz[1], meta.imgsz[0]))
+        cases.append((other, options.batch + 2))
+    found = []
+    for size, count in cases:
+        images = input_batch(job.image, size, count, options.device)
+        with torch.no_grad():
+            expected, given = job.model(images)[0], runtime(images)[0]
+        far = (partial(detection_difference, conf=options.conf, iou=options.iou) if meta.nms else difference)(
+            expected, given
+        )
+        refuse_if_far(far, meta.half)
+        found.append(far)
+    return found
+
+
+def _temporary_folder(parent: Path) -> Path:
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix=".export-", dir=parent))
+    except OSError as error:
+        raise ResourceError(f"{parent}: cannot write there ({error.strerror}); use --output FOLDER") from None
+
+
+def _rename(made: Path, target: Path, spare: Path) -> None:
+    """Give the file or folder its name; an older folder is moved into ``spare``, which goes."""
+    if target.is_dir() and not target.is_symlink():
+        os.replace(target, spare / "older")
+    os.replace(made, target)
+
+
+def _size(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.rglob("*")) if path.is_dir() else path.stat().st_size

@@ -1,0 +1,57 @@
+"""Files that torch itself runs: TorchScript, and packages of AOTInductor."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+
+import torch
+import torchvision  # noqa: F401 - registers deform_conv2d, which traces with DCN layers call
+from torch import Tensor
+
+from deploy.contract import Runtime
+from deploy.metadata import parse
+from deploy.to_torch import ENTRIES
+from utils.errors import ExportError
+
+
+class TorchScriptRuntime(Runtime):
+    """A trace, on any device of torch."""
+
+    def __init__(self, path: Path, device: torch.device) -> None:
+        extra = {ENTRIES: ""}
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # torch prefers its own .pt2
+                module = torch.jit.load(str(path), map_location=device, _extra_files=extra)
+        except (RuntimeError, ValueError) as error:
+            raise ExportError(f"{path}: not a TorchScript file ({str(error).splitlines()[0][:200]})") from error
+        super().__init__(parse(_entries(extra[ENTRIES]), str(path)), path)
+        self._run, self._device = module, device
+
+    def run(self, images: Tensor) -> Tensor:
+        return self._run(images.to(self._device))
+
+
+class AotiRuntime(Runtime):
+    """Compiled for one kind of device, and run on that."""
+
+    def __init__(self, path: Path, device: torch.device) -> None:
+        try:
+            package = torch._inductor.aoti_load_package(str(path))
+        except (RuntimeError, ValueError, OSError, KeyError) as error:
+            raise ExportError(f"{path}: not a package of export.py ({str(error).splitlines()[0][:200]})") from error
+        super().__init__(parse(package.get_metadata(), str(path)), path)
+        self._package, self._device = package, device
+
+    def run(self, images: Tensor) -> Tensor:
+        return self._package(images.to(self._device).contiguous())
+
+
+def _entries(text: str | bytes) -> dict:
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}

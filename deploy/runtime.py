@@ -1,0 +1,50 @@
+"""Open an exported file, whatever its format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from deploy.contract import Runtime
+from deploy.formats import format_of
+from utils.errors import ExportError, MissingPackage
+
+
+def open_runtime(path: str | Path, device: torch.device | str = "cpu") -> Runtime:
+    """The file (or folder) of a format of deploy/formats.py, ready on ``device``.
+
+    TorchScript and .pt2 files hold programs: open only those you made or trust (docs/security.md). Raises
+    MissingPackage, ExportError for a file that is damaged or not of export.py, ConfigError for a device the format has
+    no use for.
+    """
+    path, device = Path(path), torch.device(device)
+    kind = format_of(path)
+    if kind is None:
+        raise ExportError(f"{path}: not the name of an exported model (see export.py --list)")
+    if kind.planned:
+        raise ExportError(f"{path}: {kind.name} files are not run here yet (see export.py --list)")
+    if kind.missing():
+        raise MissingPackage(str(path), kind.missing())
+    if not path.exists():
+        raise ExportError(f"{path}: no such file or folder")
+    return _opener(kind.name)(path, device)
+
+
+def _opener(name: str) -> type[Runtime]:
+    """The class for a format; each is in a module that imports its package."""
+    if name == "onnx":
+        from deploy.run_onnx import OnnxRuntime
+
+        return OnnxRuntime
+    if name == "openvino":
+        from deploy.run_openvino import OpenVinoRuntime
+
+        return OpenVinoRuntime
+    if name == "ncnn":
+        from deploy.run_ncnn import NcnnRuntime
+
+        return NcnnRuntime
+    from deploy.run_torch import AotiRuntime, TorchScriptRuntime
+
+    return {"torchscript": TorchScriptRuntime, "aoti": AotiRuntime}[name]

@@ -1,0 +1,86 @@
+"""A trained model made ready for a converter: fused, its DCN layers in an export form, one tensor out."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from deploy.dcn_forms import ExportDCN, use_dcn_form
+from models.common import DCN
+from models.head import Detect
+from models.yolo import DetectionModel
+
+
+class ExportModel(nn.Module):
+    """images (B, 3, H, W) in 0..1, float32 or float16 -> decoded predictions (B, N, 5 + nc) float32, see
+    :meth:`models.head.Detect.decode`."""
+
+    def __init__(self, model: DetectionModel, form: str, half: bool = False) -> None:
+        """A copy of ``model`` (fused, eval mode) with DCN layers as ``form``; ``half`` turns its weights to float16."""
+        super().__init__()
+        self.model = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
+        use_dcn_form(self.model, form)
+        if half:
+            _half(self.model)
+        self.requires_grad_(False)
+        self.eval()
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model(images)[0]
+
+
+def _half(model: DetectionModel) -> None:
+    """float16, but for what DCN layers sample with, and for Detect's anchors and strides: boxes are computed in float32,
+    and anchors of AutoAnchor would lose three digits."""
+    kept = [each for each in model.modules() if isinstance(each, ExportDCN)]
+    kept = [(each, copy.deepcopy(each.sampling)) for each in kept]
+    anchors, stride = model.detect.anchors.clone(), model.detect.stride.clone()
+    model.half()
+    for layer, sampling in kept:
+        layer.sampling = sampling
+    model.detect.anchors, model.detect.stride = anchors, stride
+
+
+class RawModel(nn.Module):
+    """images -> the logits of each level as Detect's convolutions give them, (B, A * (5 + nc), H_i, W_i): for runtimes
+    without the shuffling of five axes that decoding takes. :func:`decode_raw` does the rest."""
+
+    def __init__(self, model: ExportModel) -> None:
+        super().__init__()
+        self.model = model.model
+        self.model.model[-1] = _RawHead(self.model.detect)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        return self.model(images)
+
+
+class _RawHead(nn.Module):
+    def __init__(self, detect: Detect) -> None:
+        super().__init__()
+        self.m = detect.m
+
+    def forward(self, features: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return tuple(conv(x) for conv, x in zip(self.m, features))
+
+
+def decode_raw(levels: Sequence[Tensor], anchors: Tensor, strides: Sequence[float]) -> Tensor:
+    """What RawModel gives -> decoded (B, N, 5 + nc) float32. ``anchors`` (nl, A, 2) in pixels."""
+    outputs = levels[0].shape[1] // anchors.shape[1]
+    detect = Detect(outputs - 5, anchors.flatten(1).tolist(), [1] * len(levels))
+    detect.set_anchors(anchors, strides)
+    rows = [y.view(len(y), detect.na, outputs, *y.shape[2:]).permute(0, 1, 3, 4, 2) for y in levels]
+    return detect.decode([each.contiguous() for each in rows])
+
+
+def has_dcn(model: nn.Module) -> bool:
+    """Whether any layer is deformable."""
+    return any(isinstance(module, DCN) for module in model.modules())
+
+
+def dynamic_axes(multiple: int) -> dict:
+    """For torch.export: free batch, height and width, both multiples of ``multiple`` pixels."""
+    size = torch.export.Dim
+    return {0: size("batch"), 2: multiple * size("rows"), 3: multiple * size("columns")}

@@ -14,7 +14,7 @@ torchvision  its op under fp16 autocast, which computes in float32; contiguous; 
 floor        forward: the larger of arithmetic at 790 TFLOP/s and memory traffic at 3.0 TB/s; backward: arithmetic
 Times are medians in ms; bwd is fwd+bwd less fwd. Memory: the highest allocation during one forward and backward above
 what is held before it, outputs and gradients included. Errors: relative L2 distance to plain PyTorch in float64 on the
-same rounded inputs, one image.
+same rounded inputs, one image. GPU ms a step: the kernels alone, whatever the CPU took to launch them.
 """
 
 from __future__ import annotations
@@ -296,7 +296,16 @@ def step_row(name: str, backend: str, args: argparse.Namespace, device: torch.de
     speed = rate(learner, repeat(batch, 60), warmup=20)
     peak = torch.cuda.max_memory_allocated() / 1e9
     stem = name.removesuffix(".yaml")
-    return [stem, backend if "dcn" in stem else "-", speed, frame.batch / speed * 1e3, peak]
+    busy = kernel_time(lambda: rate(learner, repeat(batch, 10), warmup=0)) / 10
+    return [stem, backend if "dcn" in stem else "-", speed, frame.batch / speed * 1e3, busy, peak]
+
+
+def kernel_time(function: Callable[[], object]) -> float:
+    """ms that kernels and copies took on the GPU, whatever the CPU took to launch them."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        function()
+        torch.cuda.synchronize()
+    return sum(event.self_device_time_total for event in profile.key_averages()) / 1e3
 
 
 def made_up_batch(count: int, imgsz: int, nc: int, boxes: int = 10) -> Batch:
@@ -310,15 +319,16 @@ def made_up_batch(count: int, imgsz: int, nc: int, boxes: int = 10) -> Batch:
 
 
 def with_ratio(rows: list[list]) -> list[list]:
-    """Each row with its time over that of the plain model above it."""
-    done, base = [], math.nan
+    """Each row with its two times over those of the plain model above it."""
+    done, base = [], []
     for row in rows:
-        base = row[3] if row[1] == "-" else base
-        done.append([*row, f"{row[3] / base:.2f}"])
+        base = row[3:5] if row[1] == "-" else base
+        done.append([*row, *(f"{mine / plain:.2f}" for mine, plain in zip(row[3:5], base))])
     return done
 
 
-STEP_HEADER = ["model", "backend", "images/s", "ms a step", "peak GB", "time / plain"]
+STEP_HEADER = ["model", "backend", "images/s", "ms a step", "GPU ms a step", "peak GB", "time / plain"]
+STEP_HEADER += ["GPU time / plain"]
 
 
 def layer_tables(args: argparse.Namespace, bench: Bench) -> list[str]:

@@ -1,9 +1,9 @@
 """The backward of the modulated deformable convolution with kernels in CUDA C++ (``cuda/``): 3x3, one group, float16 or
 bfloat16, channels in sixteens. The forward, and every other layer, is Triton's (:mod:`models.ops.dcn_launch`).
 
-The weight's gradient: the columns of some images at a time go into a buffer, which cuBLAS multiplies. The gradients of
-x, offsets and masks: one kernel, that multiplies by the weight itself or, from WIDE channels on, leaves that to cuBLAS.
-docs/performance.md has the measurements behind it.
+The gradients of x, offsets and masks: one kernel, that multiplies by the weight itself or, from WIDE channels on,
+leaves that to cuBLAS. The weight's gradient, from MANY channels on: the columns of some images at a time go into a
+buffer, which cuBLAS multiplies; for fewer channels Triton's is as fast. docs/performance.md has the measurements.
 
 ``kernel`` arguments: :func:`models.ops.nvrtc.kernel`, or what stands for it in tests without a GPU.
 """
@@ -25,6 +25,8 @@ TAPS, TILE = 9, 8
 RAW_CODES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 WIDE = 192
 """Channels from which on backward leaves its matrix product to cuBLAS."""
+MANY = 96
+"""Channels from which on backward_weight is faster than Triton's."""
 SCRATCH_BYTES = 100 << 20
 """Holds float32 sums of x's gradient, and the columns' gradient beside them, for as many images as go in."""
 COLUMN_BYTES = 96 << 20
@@ -58,20 +60,6 @@ def suits(x: Tensor, weight: Tensor, offset_groups: int) -> bool:
         and outputs % 16 == 0
         and x.shape[2] * x.shape[3] <= LARGEST_IMAGE
     )
-
-
-def gradients(
-    grad: Tensor, x: Tensor, raw: Tensor, weight: Tensor, geometry: Geometry,
-    need_x: bool, need_raw: bool, need_weight: bool, kernel=nvrtc.kernel,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of x (B, C, H, W), raw (B, 27, H', W') and weight (N, C, 3, 3), each in its tensor's dtype; those not
-    needed are empty. ``grad`` (B, N, H', W') is the output's. Raises CudaKernelError."""
-    grad_x, grad_raw, grad_weight = x.new_empty(0), raw.new_empty(0), weight.new_empty(0)
-    if need_x or need_raw:
-        grad_x, grad_raw = backward(grad, x, raw, weight, geometry, need_x, kernel=kernel)
-    if need_weight:
-        grad_weight = backward_weight(grad, x, raw, weight, geometry, kernel)
-    return grad_x, grad_raw, grad_weight
 
 
 def backward(

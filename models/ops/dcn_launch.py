@@ -46,19 +46,6 @@ def forward(
     return out
 
 
-def gradients(
-    grad: Tensor, x: Tensor, raw: Tensor, weight: Tensor, geometry: Geometry,
-    need_x: bool, need_raw: bool, need_weight: bool, deterministic: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of x, raw and weight; those not needed may be empty."""
-    grad_x, grad_raw, grad_weight = x.new_empty(0), raw.new_empty(0), weight.new_empty(0)
-    if need_x or need_raw:
-        grad_x, grad_raw = backward(grad, x, raw, weight, geometry, need_x, deterministic)
-    if need_weight:
-        grad_weight = backward_weight(grad, x, raw, weight, geometry)
-    return grad_x, grad_raw, grad_weight
-
-
 def backward(
     grad: Tensor,
     x: Tensor,

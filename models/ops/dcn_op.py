@@ -11,7 +11,8 @@ a (y, x) pair per tap, groups outermost, then K*OG masks, or their logits when `
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -68,16 +69,29 @@ def backward(
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, raw and weight, each in its tensor's dtype; those not needed are empty tensors."""
-    geometry = Geometry.of(x, weight, stride, padding, dilation, offset_groups, logits)
-    inputs = (grad, x, raw, weight, geometry)
-    if native and not deterministic and dcn_cuda.suits(x, weight, offset_groups):
-        try:
-            return dcn_cuda.gradients(*inputs, need_x, need_raw, need_weight)
-        except nvrtc.CudaKernelError as error:
-            warnings.warn(f"DCN backend cuda gives way to triton: {error}", stacklevel=2)
     from models.ops import dcn_launch
 
-    return dcn_launch.gradients(*inputs, need_x, need_raw, need_weight, deterministic)
+    geometry = Geometry.of(x, weight, stride, padding, dilation, offset_groups, logits)
+    inputs = (grad, x, raw, weight, geometry)
+    native = native and not deterministic and dcn_cuda.suits(x, weight, offset_groups)
+    grad_x, grad_raw, grad_weight = x.new_empty(0), raw.new_empty(0), weight.new_empty(0)
+    if need_x or need_raw:
+        own = partial(dcn_cuda.backward, *inputs, need_x) if native else None
+        grad_x, grad_raw = _first(own, partial(dcn_launch.backward, *inputs, need_x, deterministic))
+    if need_weight:
+        own = partial(dcn_cuda.backward_weight, *inputs) if native and geometry.channels >= dcn_cuda.MANY else None
+        grad_weight = _first(own, partial(dcn_launch.backward_weight, *inputs))
+    return grad_x, grad_raw, grad_weight
+
+
+def _first(native: Callable | None, triton: Callable):
+    """What ``native`` returns; ``triton``'s instead where there is none, or where it cannot be compiled or started."""
+    if native is not None:
+        try:
+            return native()
+        except nvrtc.CudaKernelError as error:
+            warnings.warn(f"DCN backend cuda gives way to triton: {error}", stacklevel=2)
+    return triton()
 
 
 @backward.register_fake

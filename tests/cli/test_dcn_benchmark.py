@@ -64,8 +64,10 @@ def test_a_made_up_batch_trains() -> None:
 
 
 def test_ratios_are_to_the_plain_model_above() -> None:
-    rows = [["s", "-", 0, 10.0, 0], ["s-dcn", "triton", 0, 12.0, 0], ["x", "-", 0, 20.0, 0], ["x-dcn", "t", 0, 30.0, 0]]
-    assert [row[-1] for row in dcn.with_ratio(rows)] == ["1.00", "1.20", "1.00", "1.50"]
+    times = {"s": (10.0, 5.0), "s-dcn": (12.0, 6.5), "x": (20.0, 20.0), "x-dcn": (30.0, 22.0)}
+    rows = [[name, "auto" if "dcn" in name else "-", 0, *pair, 0] for name, pair in times.items()]
+    ratios = [row[-2:] for row in dcn.with_ratio(rows)]
+    assert ratios == [["1.00", "1.00"], ["1.20", "1.30"], ["1.00", "1.00"], ["1.50", "1.10"]]
 
 
 def test_without_cuda_it_is_one_line() -> None:

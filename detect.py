@@ -3,6 +3,7 @@
     python detect.py --weights runs/train/exp/weights/best.pt --source photo.jpg
     python detect.py --weights best.pt --source folder/ --save-txt --save-crop      # also: 'a/**/*.png', list.txt
     python detect.py --weights best.pt --source clip.mp4 --vid-stride 2
+    python detect.py --weights best.onnx --source photo.jpg           # and the other formats of export.py
     python detect.py --weights best.pt --source 0                                   # webcam; rtsp://..., 'screen'
 
 Results go to runs/detect/exp, exp2, ... Exit status: 0 all read, 1 something could not be read (the others were),
@@ -17,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from deploy.formats import format_of
 from utils.cli import (
     Parser,
     add_dcn_backend_flag,
@@ -89,6 +91,10 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     args = build_parser().parse_args(argv)
     if args.line_thickness < 0:
         raise ConfigError(f"--line-thickness {args.line_thickness}: expected 0 or more")
+    exported = next((path for path in args.weights if format_of(path)), None)
+    if exported and (args.update or args.visualize):
+        flag = "--update" if args.update else "--visualize"
+        raise ConfigError(f"{flag}: works on checkpoints (.pt), and {exported} is none")
     check_detection_flags(args)
     return args
 
@@ -128,14 +134,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def open_detector(args: argparse.Namespace) -> Any:
     """The weights on the device, set up as the flags say. Raises ConfigError, CheckpointError."""
-    from models.api import load
+    from deploy.runtime import open_model
+    from models.api import Detector
     from models.surgery import use_dcn_backend
     from utils.console import LOGGER
-    from utils.device import describe_device
+    from utils.device import describe_device, select_device
 
-    detector = load(
-        args.weights if len(args.weights) > 1 else args.weights[0],
-        args.device,
+    device = select_device(args.device)
+    detector = Detector(
+        open_model(args.weights, device, args.cfg),
+        device,
         args.half,
         conf=args.conf_thres,
         iou=args.iou_thres,
@@ -150,7 +158,9 @@ def open_detector(args: argparse.Namespace) -> Any:
     use_dcn_backend(detector.model, args.dcn_backend, detector.device, detector.dtype)
     imgsz = detector.round_size(args.imgsz)
     if list(imgsz) != [args.imgsz[0], args.imgsz[-1]]:
-        LOGGER.warning(f"--imgsz is rounded up to {imgsz[0]} {imgsz[1]}, multiples of the stride {detector.stride}")
+        fixed = "the only size that this file takes"
+        why = fixed if detector.imgsz else f"rounded up to multiples of the stride {detector.stride}"
+        LOGGER.warning(f"--imgsz is {imgsz[0]} {imgsz[1]}, {why}")
     return detector
 
 

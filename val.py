@@ -128,7 +128,7 @@ def measure(args: argparse.Namespace) -> Metrics:
         LOGGER.warning(f"--conf-thres {args.conf_thres}: above 0.001 the curves end early and mAP is too low")
     if args.save_hybrid:
         LOGGER.warning("--save-hybrid: labels take part in NMS, so precision, recall and mAP are inflated")
-    models = [load(group, data, device, args.single_cls) for group in weight_groups(args)]
+    models = [load(group, data, device, args) for group in weight_groups(args)]
     for model in models:
         use_dcn_backend(model, args.dcn_backend, device, torch.float16 if args.half else torch.float32)
     folder = new_run_dir(args.project, args.name, args.exist_ok)
@@ -142,16 +142,19 @@ def weight_groups(args: argparse.Namespace) -> list[list[str]]:
     return [[weights] for weights in args.weights] if args.task == "study" else [args.weights]
 
 
-def load(weights: list[str], data: DataConfig, device: torch.device, single_cls: bool) -> nn.Module:
-    """The model on its device. Raises ConfigError when its classes are not those of the data set."""
-    from models.loading import load_model
+def load(weights: list[str], data: DataConfig, device: torch.device, args: argparse.Namespace) -> nn.Module:
+    """The model on its device. Raises ConfigError when its classes are not those of the data set, or when it is an
+    exported file of one size and --task study asks for many."""
+    from deploy.runtime import open_model
     from utils.console import LOGGER
     from utils.device import describe_device
 
-    model = load_model(weights if len(weights) > 1 else weights[0], device, fuse=True)
+    model = open_model(weights, device, args.cfg)
+    if args.task == "study" and getattr(model, "imgsz", None):
+        raise ConfigError(f"--task study: {weights[0]} takes one image size; export it with --dynamic")
     names = dict(model.names)
     LOGGER.info(f"{', '.join(weights)} on {describe_device(device)}")
-    if single_cls:
+    if args.single_cls:
         return model
     if len(names) != data.nc:
         raise ConfigError(
@@ -237,10 +240,12 @@ def one_pass(
     from utils.dataset import DetectionDataset
 
     stride = side_multiple(model.stride)
-    imgsz = -(-args.imgsz // stride) * stride
+    imgsz = only_size(args, model) or -(-args.imgsz // stride) * stride
     if imgsz != args.imgsz:
-        LOGGER.warning(f"--imgsz {args.imgsz}: rounded up to {imgsz}, a multiple of the stride {stride}")
-    square = args.task == "speed"
+        LOGGER.warning(
+            f"--imgsz {args.imgsz}: taken as {imgsz}, a multiple of the stride {stride} that the model takes"
+        )
+    square = args.task == "speed" or only_size(args, model) is not None
     dataset = DetectionDataset(
         data.split(split_of(args)),
         imgsz,
@@ -267,6 +272,15 @@ def one_pass(
         hybrid=args.save_hybrid,
         observers=observers,
     )
+
+
+def only_size(args: argparse.Namespace, model: nn.Module) -> int | None:
+    """The side of the square images that an exported file of one size takes; None for a model that takes any. Raises
+    ConfigError for one that is no square."""
+    height, width = getattr(model, "imgsz", None) or (None, None)
+    if height != width:
+        raise ConfigError(f"{args.weights[0]}: takes images of {height}x{width}, val.py needs a square or --dynamic")
+    return height
 
 
 def study(

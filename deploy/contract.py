@@ -46,7 +46,7 @@ class Runtime(nn.Module):
         if self.meta.dynamic:
             return self._decoded(images).to(device), None
         parts = [self._filled(chunk) for chunk in images.split(self.meta.batch)]
-        return _side_by_side(parts).to(device), None
+        return torch.cat(parts).to(device), None
 
     def _filled(self, images: Tensor) -> Tensor:
         """Up to ``meta.batch`` images through a file that takes that many."""
@@ -56,15 +56,15 @@ class Runtime(nn.Module):
 
     def _decoded(self, images: Tensor) -> Tensor:
         output = self.run(images)
-        return from_detections(output, len(images), self.nc) if self.meta.nms else output
+        return from_detections(output, len(images), self.nc, self.nc * self.meta.nms) if self.meta.nms else output
 
     @abstractmethod
     def run(self, images: Tensor) -> Tensor:
         """What comes out of the file: (B, N, 5 + nc) float32, with ``meta.nms`` (n, 7)."""
 
 
-def from_detections(rows: Tensor, batch: int, nc: int) -> Tensor:
-    """(n, 7) image, x1, y1, x2, y2, confidence, class -> (B, N, 5 + nc), zeros behind an image's last.
+def from_detections(rows: Tensor, batch: int, nc: int, most: int) -> Tensor:
+    """(n, 7) image, x1, y1, x2, y2, confidence, class -> (B, ``most``, 5 + nc), zeros behind an image's last.
 
     So that files with suppression inside go the way of all others; a second suppression changes nothing.
     """
@@ -74,10 +74,4 @@ def from_detections(rows: Tensor, batch: int, nc: int) -> Tensor:
     decoded[:, 4] = rows[:, 5]
     decoded[torch.arange(len(rows)), 5 + cls] = 1.0
     each = [decoded[image == number] for number in range(batch)]
-    return nn.utils.rnn.pad_sequence(each, batch_first=True)
-
-
-def _side_by_side(parts: list[Tensor]) -> Tensor:
-    """Batches (b_i, N_i, 5 + nc) as one; zeros fill up those with fewer rows."""
-    most = max(part.shape[1] for part in parts)
-    return torch.cat([nn.functional.pad(part, (0, 0, 0, most - part.shape[1])) for part in parts])
+    return torch.stack([nn.functional.pad(own, (0, 0, 0, most - len(own))) for own in each])

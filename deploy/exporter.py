@@ -59,8 +59,8 @@ class ExportOptions:
 
 @dataclass(frozen=True)
 class Job:
-    """One model and all that the writers need. ``plain`` has its norms, on the CPU; ``image`` is what files are compared
-    on, uint8 (H, W, 3) RGB."""
+    """One model and all that the writers need. ``plain`` has its norms, on the CPU; ``image``, uint8 (H, W, 3) RGB, is
+    what files are compared on."""
 
     weights: Path
     options: ExportOptions
@@ -108,8 +108,10 @@ def export(job: Job, kind: Format, target: Path | None = None) -> Path:
         compared = _write(job, kind, made)
         seconds, size = time.perf_counter() - start, _size(made)
         _rename(made, target, folder)
-    except UserError as error:
-        raise type(error)(f"{target}: {error}") if isinstance(error, ExportError) else error
+    except ExportError as error:
+        raise ExportError(f"{target}: {error}") from error
+    except UserError:
+        raise
     except OSError as error:
         raise ResourceError(explain_os_error(error) or f"{target}: cannot be written ({error.strerror})") from error
     except Exception as error:  # a converter's own, of any kind
@@ -145,7 +147,7 @@ def metadata(job: Job, name: str) -> Metadata:
     options = job.options
     form = options.dcn if has_dcn(job.plain) and name != "wts" else ""
     meta = describe(job.plain, options.imgsz, batch=options.batch, dynamic=options.dynamic, half=options.half, dcn=form)
-    return replace(meta, nms=options.nms) if name == "onnx" else meta
+    return replace(meta, nms=options.max_det) if name == "onnx" and options.nms else meta
 
 
 def _writer(job: Job, name: str) -> Callable[[ExportModel, Tensor, Path, Metadata], None]:

@@ -10,9 +10,9 @@ from utils.errors import ConfigError, MissingPackage, did_you_mean, is_installed
 
 @dataclass(frozen=True)
 class Format:
-    """``name`` as in --include; ``suffix`` of the file, or of the folder where it begins with '_'; ``packages`` pairs of
-    module and what pip calls it; ``purpose`` in words; ``planned``: not offered yet; ``runs``: whether --weights takes
-    it other than as tensors."""
+    """``name`` as in --include; ``suffix`` of the file, or of the folder where it begins with '_'; ``packages``: pairs
+    of module and what pip calls it; ``purpose`` in words; ``planned``: not offered yet; ``runs``: whether detect.py and
+    val.py run it as it is."""
 
     name: str
     suffix: str

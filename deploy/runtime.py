@@ -1,14 +1,33 @@
-"""Open an exported file, whatever its format."""
+"""Open what --weights names: an exported file of any format, or a checkpoint."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from deploy.contract import Runtime
 from deploy.formats import format_of
-from utils.errors import ExportError, MissingPackage
+from models.loading import load_model
+from utils.errors import ConfigError, ExportError, MissingPackage
+
+
+def open_model(weights: Sequence[str], device: torch.device, cfg: str = "") -> nn.Module:
+    """What --weights names, ready for inference on ``device``: an exported file, a checkpoint, or several checkpoints
+    as an ensemble. ``cfg``: the model YAML of a file that holds tensors only.
+
+    Raises ConfigError for combinations that cannot be; CheckpointError, ExportError, MissingPackage.
+    """
+    exported = [path for path in weights if format_of(path)]
+    if not exported:
+        return load_model(weights if len(weights) > 1 else weights[0], device, fuse=True, cfg=cfg or None)
+    if len(weights) > 1:
+        raise ConfigError(f"--weights {exported[0]}: only checkpoints make an ensemble; give exported files one by one")
+    if cfg:
+        raise ConfigError(f"--cfg: {exported[0]} holds its own layers; leave it out")
+    return open_runtime(exported[0], device)
 
 
 def open_runtime(path: str | Path, device: torch.device | str = "cpu") -> Runtime:

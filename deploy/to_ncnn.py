@@ -22,7 +22,10 @@ MAX_SECONDS = 1800
 
 
 def export_ncnn(model: ExportModel, example: Tensor, folder: Path, meta: Metadata) -> None:
-    """Write ``folder`` with PARAM, BIN and ENTRIES. Raises ConfigError for other batches, ExportError when pnnx fails."""
+    """Write ``folder`` with PARAM, BIN and ENTRIES.
+
+    Raises ConfigError for other batches and free sizes, ExportError when pnnx fails.
+    """
     import pnnx
 
     if meta.dynamic or meta.batch != 1:

@@ -111,9 +111,9 @@ suppression (float[batch, rows, columns] predictions) => (float[found, 7] detect
     detections = Concat <axis = 1> (image_number, first, second, score, class_number)
 }}
 """
-"""In ONNX's own text form. Rows (n, 7) float32: image, x1, y1, x2, y2 in network pixels, confidence, class. As detect.py
-without --agnostic-nms: the best class of a box counts, classes do not suppress each other; but ``max_det`` is the limit
-for each class of an image, and rows are in the order of image and class."""
+"""In ONNX's own text form. Rows (n, 7) float32: image, x1, y1, x2, y2 in network pixels, confidence, class. As
+detect.py without --agnostic-nms: the best class of a box counts, classes do not suppress each other; but ``max_det`` is
+the limit for each class of an image, and rows are in the order of image and class."""
 
 
 def _with_suppression(proto: Any, nc: int, conf: float, iou: float, max_det: int) -> Any:

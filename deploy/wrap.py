@@ -33,8 +33,8 @@ class ExportModel(nn.Module):
 
 
 def _half(model: DetectionModel) -> None:
-    """float16, but for what DCN layers sample with, and for Detect's anchors and strides: boxes are computed in float32,
-    and anchors of AutoAnchor would lose three digits."""
+    """float16, but for what DCN layers sample with and Detect's anchors and strides: boxes are computed in float32, and
+    anchors of AutoAnchor would lose three digits."""
     kept = [each for each in model.modules() if isinstance(each, ExportDCN)]
     kept = [(each, copy.deepcopy(each.sampling)) for each in kept]
     anchors, stride = model.detect.anchors.clone(), model.detect.stride.clone()

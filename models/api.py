@@ -32,7 +32,8 @@ class Detector:
 
     Settings are plain attributes: ``conf`` and ``iou`` thresholds, ``agnostic`` NMS, ``multi_label``, ``classes`` (only
     these numbers), ``max_det`` an image, ``amp`` autocast, ``augment`` flips and scales at test time. ``names`` maps
-    class numbers to names, ``stride`` is what the sides of its input are multiples of, in pixels.
+    class numbers to names, ``stride`` is what the sides of its input are multiples of, in pixels, ``imgsz`` the only
+    (height, width) that an exported file takes, or None.
     """
 
     def __init__(self, model: nn.Module, device: torch.device, half: bool = False, **settings: Any) -> None:
@@ -43,6 +44,7 @@ class Detector:
         self.device, self.dtype = device, torch.float16 if half else torch.float32
         self.names: dict[int, str] = dict(model.names)
         self.stride = side_multiple(model.stride)
+        self.imgsz: tuple[int, int] | None = getattr(model, "imgsz", None)  # of exported files that take one size
         self.conf, self.iou, self.max_det = 0.25, 0.45, 1000
         self.agnostic = self.multi_label = self.amp = self.augment = False
         self.classes: Sequence[int] | None = None
@@ -82,7 +84,8 @@ class Detector:
         return Results(list(arrays), boxes, list(files), self.names, times, shape)
 
     def round_size(self, size: int | Sequence[int]) -> tuple[int, int]:
-        """(height, width) of the network input: one number or two, rounded up to multiples of the stride.
+        """(height, width) of the network input: one number or two, rounded up to multiples of the stride; for an
+        exported file of one size that one.
 
         Raises ConfigError for sizes below 1 or more than two numbers.
         """
@@ -91,6 +94,8 @@ class Detector:
             raise ConfigError(f"--imgsz {size!r}: expected whole numbers, in pixels")
         if len(sides) not in (1, 2) or any(side < 1 for side in sides):
             raise ConfigError(f"--imgsz {' '.join(map(str, sides))}: expected one size or height and width, in pixels")
+        if self.imgsz is not None:
+            return self.imgsz
         rounded = [-(-side // self.stride) * self.stride for side in sides]
         return rounded[0], rounded[-1]
 
@@ -125,8 +130,11 @@ class Detector:
         return boxes, tuple(milliseconds[stage] for stage in STAGES), tuple(batch.shape)
 
     def prepare(self, images: Sequence[np.ndarray], imgsz: tuple[int, int]) -> tuple[Tensor, list[Letterbox]]:
-        """Letterbox to the smallest common rectangle of stride multiples; (B, 3, H, W) in 0..1 on the device."""
-        if len({image.shape for image in images}) == 1:
+        """Letterbox to the smallest common rectangle of stride multiples, or to the one size that the model takes;
+        (B, 3, H, W) in 0..1 on the device."""
+        if self.imgsz is not None:
+            boxed = [letterbox(image, self.imgsz, auto=False, stride=self.stride) for image in images]
+        elif len({image.shape for image in images}) == 1:
             boxed = [letterbox(image, imgsz, auto=True, stride=self.stride) for image in images]
         else:
             shape = self._common_shape(images, imgsz)

@@ -100,7 +100,8 @@ def load_model(
     """A model for inference: eval mode, float32, on ``device``, norms folded unless ``fuse`` is False. Several files
     make an Ensemble. ``cfg``: the model YAML, for a file that holds tensors only (a .wts of another program).
 
-    Raises ConfigError for a faulty ``cfg``, CheckpointError for a file that is missing, damaged or incomplete. Nothing is downloaded.
+    Raises ConfigError for a faulty ``cfg``, CheckpointError for a file that is missing, damaged or incomplete. Nothing
+    is downloaded.
     """
     paths = [weights] if isinstance(weights, (str, Path)) else list(weights)
     if not paths:

@@ -30,6 +30,10 @@ ABSENT = {
 }
 
 
+MODEL_FOLDERS = ("_openvino_model", "_ncnn_model")
+"""Ends of the names of folders that --weights takes whole (deploy/formats.py)."""
+
+
 class Parser(argparse.ArgumentParser):
     """ArgumentParser that answers a wrong flag with one line, the nearest flag and exit status 2."""
 
@@ -111,9 +115,10 @@ def add_detection_flags(group: Any, conf: float, iou: float, max_det: int) -> No
 
 
 def add_weights_flag(group: Any) -> None:
-    """--weights of val.py and detect.py: one file or several."""
-    weights = "checkpoint; several make an ensemble (default: yolov5s.pt)"
+    """--weights and --cfg of val.py and detect.py: one file or several."""
+    weights = "checkpoint, or what export.py made of one; several .pt make an ensemble (default: yolov5s.pt)"
     group.add_argument("--weights", nargs="+", default=["yolov5s.pt"], metavar="PT", help=weights)
+    group.add_argument("--cfg", default="", metavar="YAML", help="model YAML, for weights that are tensors only (.wts)")
 
 
 def add_label_file_flags(group: Any) -> None:
@@ -136,7 +141,7 @@ def check_detection_flags(args: argparse.Namespace) -> None:
 def check_weights(weights: str) -> None:
     """Raise CheckpointError, saying how to get some, when the file does not exist. Nothing is downloaded."""
     path = Path(weights)
-    if path.is_file():
+    if path.is_file() or (path.is_dir() and path.name.endswith(MODEL_FOLDERS)):
         return
     if path.is_dir() and weights:
         raise CheckpointError(f"--weights {weights}: is a folder; give the file in it, e.g. weights/best.pt")

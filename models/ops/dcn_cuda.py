@@ -25,7 +25,7 @@ TAPS, TILE = 9, 8
 RAW_CODES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 WIDE = 192
 """Channels from which on backward leaves its matrix product to cuBLAS."""
-MANY = 96
+MANY = 80
 """Channels from which on backward_weight is faster than Triton's."""
 SCRATCH_BYTES = 100 << 20
 """Holds float32 sums of x's gradient, and the columns' gradient beside them, for as many images as go in."""

@@ -18,7 +18,7 @@ from utils.checkpoint import read_checkpoint
 from utils.files import ROOT
 
 EPOCHS = 3
-SECONDS = 240
+SECONDS = 400
 """The longest that one process may take."""
 
 

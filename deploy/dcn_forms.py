@@ -77,19 +77,17 @@ class GridSampling(nn.Module):
         """offset (N, K, 2, H', W') -> (N, K*H', W', 2), x before y, in -1..1 over the input map."""
         height, width = x.shape[2:]
         rows, columns = offset.shape[3:]
-        y = self._regular(0, rows, x.device).reshape(1, -1, 1, rows, 1)
-        x_ = self._regular(1, columns, x.device).reshape(1, 1, -1, 1, columns)
-        kernel = self.weight.shape[2:]
-        place_y = y.expand(1, kernel[0], kernel[1], rows, 1).reshape(1, -1, rows, 1) + offset[:, :, 0]
-        place_x = x_.expand(1, kernel[0], kernel[1], 1, columns).reshape(1, -1, 1, columns) + offset[:, :, 1]
-        grid = torch.stack(((2 * place_x + 1) / width - 1, (2 * place_y + 1) / height - 1), -1)
+        tap = torch.arange(offset.shape[1], device=x.device)
+        y = self._regular(0, rows, tap // self.weight.shape[3]).unsqueeze(2) + offset[:, :, 0]
+        x = self._regular(1, columns, tap % self.weight.shape[3]).unsqueeze(1) + offset[:, :, 1]
+        grid = torch.stack(((2 * x + 1) / width - 1, (2 * y + 1) / height - 1), -1)
         return grid.reshape(grid.shape[0], -1, columns, 2)
 
-    def _regular(self, axis: int, count: int, device: torch.device) -> Tensor:
-        """(taps on this axis, count): where an undeformed tap reads, in pixels of the input."""
+    def _regular(self, axis: int, count: int, tap: Tensor) -> Tensor:
+        """(K, count): where taps at place ``tap`` (K,) of the kernel's axis read undeformed, in pixels of the input."""
         stride, padding, dilation = self.stride[axis], self.padding[axis], self.dilation[axis]
-        tap = torch.arange(self.weight.shape[2 + axis], device=device, dtype=torch.float32) * dilation
-        return torch.arange(count, device=device, dtype=torch.float32) * stride - padding + tap[:, None]
+        place = torch.arange(count, device=tap.device, dtype=torch.float32) * stride - padding
+        return place + (tap * dilation).float()[:, None]
 
 
 def use_dcn_form(model: nn.Module, form: str) -> int:

@@ -39,15 +39,16 @@ WIDE = ("openvino", "ncnn")
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What the flags of export.py ask for. ``imgsz`` (height, width); ``nms``: suppression inside, with ``conf``,
-    ``iou`` and ``max_det``; ``folder``: where files go, None for beside the weights."""
+    """What the flags of export.py ask for. ``imgsz`` (height, width); ``dcn``: a form of DCN layers, empty for the one
+    that suits each format; ``nms``: suppression inside, with ``conf``, ``iou`` and ``max_det``; ``folder``: where files
+    go, None for beside the weights; ``meta``: whether a .wts says what it is."""
 
     imgsz: tuple[int, int] = (640, 640)
     batch: int = 1
     dynamic: bool = False
     half: bool = False
     opset: int | None = None
-    dcn: str = "deformconv"
+    dcn: str = ""
     nms: bool = False
     conf: float = 0.25
     iou: float = 0.45
@@ -85,7 +86,7 @@ def prepare(
     multiple = side_multiple(plain.stride)
     if any(side % multiple for side in options.imgsz):
         raise ConfigError(f"--imgsz {options.imgsz[0]} {options.imgsz[1]}: not multiples of the stride {multiple}")
-    check_opset(options.opset, options.dcn if has_dcn(plain) else "")
+    check_opset(options.opset, form_of(plain, options.dcn, "onnx"))
     return Job(Path(weights), options, plain, image)
 
 
@@ -132,7 +133,7 @@ def _write(job: Job, kind: Format, path: Path) -> str:
         export_wts(job.plain, path, meta if job.options.meta else None)
         compare_wts(job.plain, path)
         return "read back, every value the same"
-    model = ExportModel(job.model, job.options.dcn, meta.half and kind.name not in WIDE).to(job.options.device)
+    model = ExportModel(job.model, meta.dcn, meta.half and kind.name not in WIDE).to(job.options.device)
     dtype = torch.float16 if meta.half and kind.name not in WIDE else torch.float32
     # two images for a free batch: a dimension of one would be taken for a constant
     count = 2 if meta.dynamic and kind.name != "ncnn" else meta.batch
@@ -145,16 +146,26 @@ def _write(job: Job, kind: Format, path: Path) -> str:
 def metadata(job: Job, name: str) -> Metadata:
     """What the file of a format will say of itself."""
     options = job.options
-    form = options.dcn if has_dcn(job.plain) and name != "wts" else ""
+    form = form_of(job.plain, options.dcn, name)
     meta = describe(job.plain, options.imgsz, batch=options.batch, dynamic=options.dynamic, half=options.half, dcn=form)
     return replace(meta, nms=options.max_det) if name == "onnx" and options.nms else meta
+
+
+def form_of(model: DetectionModel, asked: str, name: str) -> str:
+    """The form of DCN layers in a format: the one asked for, else its own; empty for a model without any, and in .wts.
+
+    AOTInductor compiles grid_sample, but calls deform_conv2d, for which C++ would need torchvision's library.
+    """
+    if name == "wts" or not has_dcn(model):
+        return ""
+    return asked or ("gridsample" if name == "aoti" else "deformconv")
 
 
 def _writer(job: Job, name: str) -> Callable[[ExportModel, Tensor, Path, Metadata], None]:
     options = job.options
     if name == "onnx":
         suppress = {"conf": options.conf, "iou": options.iou, "max_det": options.max_det} if options.nms else None
-        opset = check_opset(options.opset, options.dcn if has_dcn(job.plain) else "")
+        opset = check_opset(options.opset, form_of(job.plain, options.dcn, name))
         return partial(export_onnx, opset=opset, suppress=suppress)
     if name == "openvino":
         from deploy.to_openvino import export_openvino
@@ -180,9 +191,10 @@ def compare(job: Job, runtime: Runtime) -> list[Difference]:
         images = input_batch(job.image, size, count, options.device)
         with torch.no_grad():
             expected, given = job.model(images)[0], runtime(images)[0]
-        far = (partial(detection_difference, conf=options.conf, iou=options.iou) if meta.nms else difference)(
-            expected, given
-        )
+        if meta.nms:
+            far = detection_difference(expected, given, options.conf, options.iou, meta.nms)
+        else:
+            far = difference(expected, given)
         refuse_if_far(far, meta.half)
         found.append(far)
     return found

@@ -28,10 +28,11 @@ class TorchScriptRuntime(Runtime):
         except (RuntimeError, ValueError) as error:
             raise ExportError(f"{path}: not a TorchScript file ({str(error).splitlines()[0][:200]})") from error
         super().__init__(parse(_entries(extra[ENTRIES]), str(path)), path)
-        self._run, self._device = module, device
+        # not as a submodule: .half() and .float() of a model must not reach the weights of a file
+        self._trace, self._device = module.forward, device
 
     def run(self, images: Tensor) -> Tensor:
-        return self._run(images.to(self._device))
+        return self._trace(images.to(self._device))
 
 
 class AotiRuntime(Runtime):

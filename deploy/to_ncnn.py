@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import subprocess
-import warnings
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from deploy.metadata import Metadata
-from deploy.wrap import ExportModel, RawModel
+from deploy.wrap import ExportModel, RawModel, quiet
 from utils.errors import ConfigError, ExportError
 from utils.files import atomic_write
 
@@ -32,8 +31,7 @@ def export_ncnn(model: ExportModel, example: Tensor, folder: Path, meta: Metadat
         raise ConfigError("--include ncnn: runs one image of one size; leave out --dynamic and --batch-size")
     anchors = model.model.detect.anchors * model.model.detect.stride.view(-1, 1, 1)
     folder.mkdir()
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")
+    with quiet(), torch.no_grad():
         torch.jit.trace(RawModel(model), example, check_trace=False).save(str(folder / "model.pt"))
     shape = "[" + ",".join(map(str, example.shape)) + "]"
     command = [pnnx.EXEC_PATH, "model.pt", f"inputshape={shape}", f"fp16={int(meta.half)}"]

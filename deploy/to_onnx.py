@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +9,7 @@ import torch
 from torch import Tensor
 
 from deploy.metadata import Metadata
-from deploy.wrap import ExportModel, dynamic_axes
+from deploy.wrap import ExportModel, dynamic_axes, quiet
 from utils.errors import ConfigError
 
 OPSETS = {"deformconv": 19, "gridsample": 18, "": 18}
@@ -40,7 +38,7 @@ def export_onnx(
     import onnx
 
     shapes = {"images": dynamic_axes(meta.stride)} if meta.dynamic else None
-    with _quiet():
+    with quiet("torch.onnx"):
         program = torch.onnx.export(
             model,
             (example,),
@@ -59,20 +57,6 @@ def export_onnx(
     proto.producer_name, proto.producer_version = "export.py", meta.version
     onnx.checker.check_model(proto, full_check=True)
     onnx.save(proto, path)
-
-
-class _quiet(warnings.catch_warnings):
-    """The exporter tells of its own inner life: deprecations, names of dimensions. Errors still show."""
-
-    def __enter__(self) -> None:
-        super().__enter__()
-        warnings.simplefilter("ignore")
-        self._level = logging.getLogger("torch.onnx").level
-        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-
-    def __exit__(self, *details: Any) -> None:
-        logging.getLogger("torch.onnx").setLevel(self._level)
-        super().__exit__(*details)
 
 
 def _strip(graph: Any) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from deploy.metadata import Metadata
-from deploy.wrap import ExportModel
+from deploy.wrap import ExportModel, quiet
 
 SECTION = "model_info"
 """Of the .xml's rt_info, where the metadata is."""
@@ -21,8 +20,7 @@ def export_openvino(model: ExportModel, example: Tensor, folder: Path, meta: Met
     import openvino
 
     size = [-1, 3, -1, -1] if meta.dynamic else list(example.shape)
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")
+    with quiet(), torch.no_grad():
         converted = openvino.convert_model(model, example_input=example, input=[size])
     for name, text in meta.entries().items():
         converted.set_rt_info(text, [SECTION, name])

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-import warnings
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from deploy.metadata import Metadata
-from deploy.wrap import ExportModel, dynamic_axes
+from deploy.wrap import ExportModel, dynamic_axes, quiet
 from utils.errors import ExportError
 
 ENTRIES = "metadata.json"
@@ -21,8 +20,7 @@ ENTRIES = "metadata.json"
 def export_torchscript(model: ExportModel, example: Tensor, path: Path, meta: Metadata) -> None:
     """Write the trace of the model; the program that opens it must have loaded torchvision where there are DCN layers.
     A trace takes any batch and size; what ``meta`` says is what was checked."""
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # deprecation; comparisons of shapes, which hold for every size
+    with quiet(), torch.no_grad():  # about deprecation, and comparisons of shapes, which hold for every size
         traced = torch.jit.trace(model, example, check_trace=False)
         torch.jit.save(traced, str(path), _extra_files={ENTRIES: json.dumps(meta.entries())})
 
@@ -33,7 +31,6 @@ def export_aoti(model: ExportModel, example: Tensor, path: Path, meta: Metadata)
         raise ExportError("--include aoti: compiles C++; install g++ (Debian: apt install g++)")
     shapes = {"images": dynamic_axes(meta.stride)} if meta.dynamic else None
     settings = {"aot_inductor.metadata": meta.entries()}
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")
+    with quiet("torch.utils.cpp_extension"), torch.no_grad():
         program = torch.export.export(model, (example,), dynamic_shapes=shapes)
         torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=settings)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +22,12 @@ class ExportModel(nn.Module):
     :meth:`models.head.Detect.decode`."""
 
     def __init__(self, model: DetectionModel, form: str, half: bool = False) -> None:
-        """A copy of ``model`` (fused, eval mode) with DCN layers as ``form``; ``half`` turns its weights to float16."""
+        """A copy of ``model`` (fused, eval mode) with DCN layers as ``form``, empty where it has none; ``half``: weights
+        in float16."""
         super().__init__()
         self.model = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
-        use_dcn_form(self.model, form)
+        if form:
+            use_dcn_form(self.model, form)
         if half:
             _half(self.model)
         self.requires_grad_(False)
@@ -84,3 +89,18 @@ def dynamic_axes(multiple: int) -> dict:
     """For torch.export: free batch, height and width, both multiples of ``multiple`` pixels."""
     size = torch.export.Dim
     return {0: size("batch"), 2: multiple * size("rows"), 3: multiple * size("columns")}
+
+
+@contextmanager
+def quiet(*loggers: str) -> Iterator[None]:
+    """Silence for converters that tell of their inner life: warnings, and loggers of these names below errors."""
+    levels = {name: logging.getLogger(name).level for name in loggers}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name in loggers:
+            logging.getLogger(name).setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for name, level in levels.items():
+                logging.getLogger(name).setLevel(level)

@@ -214,7 +214,8 @@ def test_the_table_shows_it(tmp_path: Path, capsys: pytest.CaptureFixture) -> No
     model = converted("yolov5n.yaml", "1,c3:8")
     save_checkpoint(tmp_path / "dcn.pt", model.state_dict(), {"yaml": model.yaml})
     show(["--cfg", str(tmp_path / "dcn.pt"), "--imgsz", "64", "--device", "cpu"])
-    assert table.splitlines()[3:20] == capsys.readouterr().out.splitlines()[3:20]
+    rows, again = ([row for row in text.splitlines() if " models." in row] for text in (table, capsys.readouterr().out))
+    assert rows == again and len(rows) > 20
 
 
 @torch.no_grad()

@@ -22,8 +22,8 @@ class ExportModel(nn.Module):
     :meth:`models.head.Detect.decode`."""
 
     def __init__(self, model: DetectionModel, form: str, half: bool = False) -> None:
-        """A copy of ``model`` (fused, eval mode) with DCN layers as ``form``, empty where it has none; ``half``: weights
-        in float16."""
+        """A copy of ``model`` (fused, eval mode). ``form`` of DCN layers, empty where it has none; ``half``: weights in
+        float16."""
         super().__init__()
         self.model = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
         if form:

@@ -46,19 +46,22 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A network of six layers, each kind of DCN among them, whose offsets are a pixel or two and whose scores spread."""
+    """A network of six layers with each kind of DCN, whose offsets are a pixel or two and whose scores spread."""
     generator = torch.Generator().manual_seed(3)
     model = DetectionModel(TINY)
     for name, parameter in model.named_parameters():
         if "conv_offset_mask" in name:
             parameter.data = torch.randn(parameter.shape, generator=generator) * (0.3 if name.endswith("bias") else 0.1)
         elif name.endswith(("m.0.weight", "m.1.weight")):
-            parameter.data = torch.randn(parameter.shape, generator=generator) * 2
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 60
         elif name.endswith(("m.0.bias", "m.1.bias")):
             parameter.data.zero_()
-    model.names = {0: "red", 1: "white", 2: "platelet"}
-    path = tmp_path_factory.mktemp("tiny") / "tiny.pt"
-    save_checkpoint(path, model.state_dict(), {"yaml": model.yaml, "nc": model.nc, "names": model.names})
+    return saved(model, tmp_path_factory.mktemp("tiny") / "tiny.pt")
+
+
+def saved(model: DetectionModel, path: Path) -> Path:
+    names = ["red", "white", "platelet"]
+    save_checkpoint(path, model.state_dict(), {"yaml": model.yaml, "nc": model.nc, "names": names})
     return path
 
 

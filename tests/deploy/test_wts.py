@@ -84,7 +84,7 @@ def test_bad_files_are_one_line(tmp_path: Path, content: bytes, message: str) ->
 
 
 def asked_for(n: int, detect: int, levels: int, plain: set[int], stacks: dict[int, int], dcn: set[int]) -> set[str]:
-    """Every name that tensorrtx's builders look up. ``n``: SPPF; ``plain``: Conv rows; ``stacks``: C3 row -> repeats."""
+    """The names that tensorrtx looks up. ``n``: SPPF; ``plain``: Conv rows; ``stacks``: C3 row -> repeats."""
 
     def conv(prefix: str) -> set[str]:
         norms = {f"{prefix}.bn.{part}" for part in ("weight", "bias", "running_mean", "running_var")}
@@ -112,9 +112,8 @@ P5_PLAIN, P6_PLAIN = {0, 1, 3, 5, 7, 10, 14, 18, 21}, {0, 1, 3, 5, 7, 9, 12, 16,
 def test_every_name_that_readers_ask_for_is_there(size: str, form: str) -> None:
     with torch.device("meta"):
         model = _named_only(form.format(size))
-    repeats = {
-        row: max(round(count * DEPTHS[size]), 1) for row, count in (P6_STACKS if "6" in form else P5_STACKS).items()
-    }
+    stacks = P6_STACKS if "6" in form else P5_STACKS
+    repeats = {row: max(round(count * DEPTHS[size]), 1) for row, count in stacks.items()}
     if "6" in form:
         wanted = asked_for(11, 33, 4, P6_PLAIN, repeats, set())
     else:

@@ -133,6 +133,8 @@ def _write(job: Job, kind: Format, path: Path) -> str:
         export_wts(job.plain, path, meta if job.options.meta else None)
         compare_wts(job.plain, path)
         return "read back, every value the same"
+    if kind.name == "engine":
+        return _write_engine(job, path)
     model = ExportModel(job.model, meta.dcn, meta.half and kind.name not in WIDE).to(job.options.device)
     dtype = torch.float16 if meta.half and kind.name not in WIDE else torch.float32
     # two images for a free batch: a dimension of one would be taken for a constant
@@ -141,6 +143,24 @@ def _write(job: Job, kind: Format, path: Path) -> str:
     _writer(job, kind.name)(model, example, path, meta)
     del model
     return "; ".join(each.text() for each in compare(job, open_runtime(path, job.options.device)))
+
+
+def _write_engine(job: Job, path: Path) -> str:
+    """Layer by layer, as python -m deploy.tensorrt -s; compared where the GPU is one that the engine is for."""
+    from deploy.tensorrt.build import BuildOptions, engine_of
+    from deploy.tensorrt.trt_backend import EngineOptions
+
+    options = job.options
+    if options.dynamic or options.dcn == "deformconv":
+        flag = "--dynamic" if options.dynamic else "--dcn deformconv"
+        raise ConfigError(
+            f"{flag}: not for an engine: it takes one size, 1 to --batch-size images, DCN layers as GridSample"
+        )
+    batches = EngineOptions(options.batch, options.batch)
+    asked = BuildOptions(options.imgsz, options.half, engine=batches, image=job.image)
+    content, told = engine_of(job.model, asked)
+    path.write_bytes(content)
+    return told
 
 
 def metadata(job: Job, name: str) -> Metadata:

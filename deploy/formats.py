@@ -11,8 +11,8 @@ from utils.errors import ConfigError, MissingPackage, did_you_mean, is_installed
 @dataclass(frozen=True)
 class Format:
     """``name`` as in --include; ``suffix`` of the file, or of the folder where it begins with '_'; ``packages``: pairs
-    of module and what pip calls it; ``purpose`` in words; ``planned``: not offered yet; ``runs``: whether detect.py and
-    val.py run it as it is."""
+    of module (``a|b``: one of them will do) and what pip calls it; ``purpose`` in words; ``planned``: not offered yet;
+    ``runs``: whether detect.py and val.py run it as it is."""
 
     name: str
     suffix: str
@@ -23,7 +23,7 @@ class Format:
 
     def missing(self) -> str:
         """What pip would have to install, or an empty text."""
-        return " ".join(pip for module, pip in self.packages if not is_installed(module))
+        return " ".join(pip for modules, pip in self.packages if not any(map(is_installed, modules.split("|"))))
 
     def availability(self) -> str:
         """``yes``, or why not."""
@@ -49,7 +49,7 @@ FORMATS = (
     Format("aoti", ".pt2", (), "compiled ahead of time, C++ and Python with torch alone"),
     Format("openvino", "_openvino_model", (("openvino", "openvino"),), "Intel CPUs and GPUs; the fastest on a CPU"),
     Format("ncnn", "_ncnn_model", (("ncnn", "ncnn"), ("pnnx", "pnnx")), "phones and small boards; batch 1"),
-    Format("engine", ".engine", (("tensorrt", "tensorrt"),), "TensorRT on NVIDIA GPUs", planned=True),
+    Format("engine", ".engine", (("tensorrt|tensorrt_rtx", "tensorrt-rtx-cu13"),), "TensorRT on NVIDIA GPUs"),
 )
 BY_NAME = {each.name: each for each in FORMATS}
 

@@ -64,6 +64,10 @@ def _opener(name: str) -> type[Runtime]:
         from deploy.run_ncnn import NcnnRuntime
 
         return NcnnRuntime
+    if name == "engine":
+        from deploy.tensorrt.run_engine import EngineRuntime
+
+        return EngineRuntime
     from deploy.run_torch import AotiRuntime, TorchScriptRuntime
 
     return {"torchscript": TorchScriptRuntime, "aoti": AotiRuntime}[name]

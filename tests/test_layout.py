@@ -36,11 +36,13 @@ utils.dataloaders models.ensemble
 models.loading models.tta
 models.api models.convert
 models
-deploy.formats deploy.dcn_forms deploy.metadata deploy.checking
-deploy.contract deploy.wrap deploy.to_wts
+deploy.formats deploy.dcn_forms deploy.metadata deploy.checking deploy.tensorrt.backend deploy.tensorrt.sizes
+deploy.contract deploy.wrap deploy.to_wts deploy.tensorrt.network deploy.tensorrt.onnx_backend \
+    deploy.tensorrt.trt_backend deploy.tensorrt.engine_file
 deploy.to_onnx deploy.to_torch deploy.to_openvino deploy.to_ncnn
-deploy.run_onnx deploy.run_torch deploy.run_openvino deploy.run_ncnn
-deploy.runtime
+deploy.run_onnx deploy.run_torch deploy.run_openvino deploy.run_ncnn \
+    deploy.tensorrt.run_engine
+deploy.runtime deploy.tensorrt.build
 deploy.exporter
 engine.window engine.feature_maps engine.resume engine.diagnosis engine.evaluator engine.writers
 engine.epoch
@@ -48,6 +50,7 @@ engine.state engine.parts engine.eval_outputs engine.predictor
 engine.run
 engine.trainer
 train val detect export gen_wts
+deploy.tensorrt.__main__
 """.replace("\\\n", "")
     .strip()
     .splitlines()
@@ -90,7 +93,7 @@ def imports_of(path: Path) -> set[str]:
     return {name for name in found if name.split(".")[0] in (*PACKAGES, *SCRIPTS)}
 
 
-EMPTY = {"utils", "engine", "models.ops", "deploy"}
+EMPTY = {"utils", "engine", "models.ops", "deploy", "deploy.tensorrt"}
 
 
 @pytest.mark.parametrize("module", sorted(set(MODULES) - EMPTY))

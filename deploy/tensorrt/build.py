@@ -1,0 +1,135 @@
+"""From weights to a file: a TensorRT engine, or the same network as ONNX, which can be run and compared anywhere."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from deploy.checking import difference, input_batch, refuse_if_far
+from deploy.contract import Runtime
+from deploy.metadata import Metadata, describe
+from deploy.tensorrt.engine_file import Maker, pack_engine
+from deploy.tensorrt.network import describe_network
+from deploy.tensorrt.onnx_backend import OnnxNetwork
+from deploy.tensorrt.sizes import check_fit, layers_of
+from deploy.tensorrt.trt_backend import EngineOptions, TensorRtNetwork, load_tensorrt
+from deploy.wrap import has_dcn
+from models.head import side_multiple
+from models.loading import described_by, fill_described, read_any_weights
+from models.surgery import fuse
+from models.yolo import DetectionModel
+from utils.console import LOGGER
+from utils.errors import CheckpointError, ConfigError
+from utils.files import atomic_open
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """``imgsz`` (height, width), the only size taken; ``half``: compute in float16; ``module``: of TensorRT, empty for
+    the one that is there; ``dcn``: form of DCN layers in ONNX; ``image`` uint8 (H, W, 3) RGB to compare on."""
+
+    imgsz: tuple[int, int] = (640, 640)
+    half: bool = False
+    module: str = ""
+    engine: EngineOptions = field(default_factory=EngineOptions)
+    dcn: str = "gridsample"
+    image: np.ndarray | None = None
+
+
+def load_sized(weights: str | Path, words: Sequence[str]) -> DetectionModel:
+    """The model of a .wts (or a checkpoint) that has the size ``words``, fused, float32 on the CPU; without words the
+    one that the file itself describes.
+
+    Raises ConfigError for words that are no size, CheckpointError for a file that is damaged, or has not just the
+    tensors of that size.
+    """
+    checkpoint, layers = read_any_weights(weights), layers_of(words)
+    if layers is None and not isinstance(checkpoint.meta.get("yaml"), dict):
+        raise CheckpointError(f"{weights}: does not say what it is; give its size behind the engine's name, like s_dcn")
+    check_fit(checkpoint, words)
+    return fuse(fill_described(described_by(layers, checkpoint) if layers else checkpoint).eval())
+
+
+def build(weights: str | Path, target: str | Path, words: Sequence[str], options: BuildOptions) -> Path:
+    """Write ``target``, an .engine or an .onnx; an older file is replaced when the new one is whole.
+
+    What can be run here is compared with the model on the picture. Raises ConfigError for a size that is no multiple of
+    the stride or another suffix, CheckpointError as :func:`load_sized`, ExportError for a network that TensorRT does
+    not build or one that computes something else, MissingPackage, OSError.
+    """
+    target, start = Path(target), time.perf_counter()
+    if target.suffix not in (".engine", ".onnx"):
+        raise ConfigError(f"-s: {target}: expected a name that ends in .engine, or .onnx")
+    model = load_sized(weights, words)
+    multiple = side_multiple(model.stride)
+    if any(side < 1 or side % multiple for side in options.imgsz):
+        raise ConfigError(f"--imgsz {options.imgsz[0]} {options.imgsz[1]}: not multiples of the stride {multiple}")
+    with atomic_open(target) as file:  # before the work: a folder that cannot be written to is told at once
+        content, told = (engine_of if target.suffix == ".engine" else _onnx)(model, options)
+        file.write(content)
+    seconds = time.perf_counter() - start
+    LOGGER.info(f"{target.suffix[1:]}: {target} ({len(content) / 1e6:.1f} MB, {seconds:.1f} s), {told}")
+    return target
+
+
+def _onnx(model: DetectionModel, options: BuildOptions) -> tuple[bytes, str]:
+    from deploy.run_onnx import OnnxRuntime
+
+    net, meta = OnnxNetwork(options.dcn), _meta(model, options, options.dcn)
+    describe_network(model, net, options.imgsz, options.half)
+    # the input is float32 and is cast inside, so to who runs it the file is not half
+    content = net.finish(replace(meta, half=False).entries())
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "network.onnx"
+        path.write_bytes(content)
+        return content, _compared(model, OnnxRuntime(path, torch.device("cpu")), options)
+
+
+def engine_of(model: DetectionModel, options: BuildOptions) -> tuple[bytes, str]:
+    """The bytes of an .engine of a fused model, and what is to be said of it. Raises as :func:`build`."""
+    trt = load_tensorrt(options.module)
+    net = TensorRtNetwork(trt, options.engine)
+    describe_network(model, net, options.imgsz, options.half)
+    meta = replace(_meta(model, options, "gridsample"), batch=options.engine.most)
+    engine = net.finish({})
+    maker = Maker(trt.__name__, trt.__version__, net.targets())
+    content = pack_engine(engine, meta, maker)
+    return content, f"{maker.text()}, batch 1 to {meta.batch}; {_tried(model, content, maker, options)}"
+
+
+def _tried(model: DetectionModel, content: bytes, maker: Maker, options: BuildOptions) -> str:
+    """Run and compare an engine on the GPU that is here, if it is one that the engine is for."""
+    if not torch.cuda.is_available():
+        return "not run: no GPU here"
+    major, minor = torch.cuda.get_device_capability()
+    if maker.targets and 10 * major + minor not in maker.targets:
+        return f"not run: the GPU here is {major}.{minor}"
+    from deploy.tensorrt.run_engine import EngineRuntime
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "network.engine"
+        path.write_bytes(content)
+        return _compared(model, EngineRuntime(path, torch.device("cuda", 0)), options)
+
+
+def _meta(model: DetectionModel, options: BuildOptions, form: str) -> Metadata:
+    return describe(model, options.imgsz, half=options.half, dcn=form if has_dcn(model) else "")
+
+
+def _compared(model: DetectionModel, runtime: Runtime, options: BuildOptions) -> str:
+    """The largest difference to the model for one image and for two. Raises ExportError beyond rounding."""
+    image = options.image if options.image is not None else np.full((*options.imgsz, 3), 114, np.uint8)
+    images = input_batch(image, options.imgsz, 2, model.stride.device)
+    with torch.no_grad():
+        expected = model(images)[0]
+        found = runtime(images)[0]
+        again = runtime(images[:1])[0]
+    for rows, given in ((expected, found), (expected[:1], again)):
+        refuse_if_far(difference(rows, given), options.half)
+    return difference(expected, found).text()

@@ -1,0 +1,75 @@
+"""Words for a network's size: n s m l x, also with 6, _dcn or _dcn4 behind; c with depth and width of your own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from models.loading import described_by
+from models.parser import parse_model
+from models.spec import read_spec
+from utils.checkpoint import Checkpoint
+from utils.errors import CheckpointError, ConfigError, did_you_mean
+
+LETTERS = "nsmlx"
+FORMS = {"": "yolov5{}.yaml", "6": "hub/yolov5{}6.yaml", "_dcn": "yolov5{}-dcn.yaml", "_dcn4": "yolov5{}-dcn4.yaml"}
+"""By what stands behind the letter."""
+SIZES = {letter + form: name.format(letter) for form, name in FORMS.items() for letter in LETTERS}
+OWN = {f"c{form}": name.format("l") for form, name in FORMS.items()}
+USAGE = "expected one of n s m l x, also with 6, _dcn or _dcn4 behind, or c DEPTH WIDTH, also c6, c_dcn and c_dcn4"
+
+
+def layers_of(words: Sequence[str]) -> str | dict[str, Any] | None:
+    """The model YAML that the words behind -s stand for, or its content; None for no words. Raises ConfigError."""
+    if not words:
+        return None
+    word, *numbers = words
+    if word in OWN:
+        return _own(word, numbers)
+    if word not in SIZES:
+        raise ConfigError(f"-s: {word}: no such size{did_you_mean(word, [*SIZES, *OWN])}; {USAGE}")
+    if numbers:
+        raise ConfigError(f"-s: {' '.join(words)}: numbers go with c; {USAGE}")
+    return SIZES[word]
+
+
+def _own(word: str, numbers: list[str]) -> dict[str, Any]:
+    try:
+        depth, width = (float(number) for number in numbers)
+    except ValueError:
+        given = " ".join(numbers) or "nothing"
+        raise ConfigError(f"-s: {word} takes depth and width, like {word} 0.33 0.5; got {given}") from None
+    return read_spec({**read_spec(OWN[word]).yaml, "depth_multiple": depth, "width_multiple": width}).yaml
+
+
+def check_fit(checkpoint: Checkpoint, words: Sequence[str]) -> None:
+    """Raise CheckpointError, naming the tensors and the size that would fit, unless the checkpoint holds just the
+    tensors of the network that ``words`` stand for. tensorrtx builds garbage from others."""
+    layers = layers_of(words)
+    if layers is None:
+        return
+    wrong = misfits(checkpoint, layers)
+    if wrong:
+        fitting = [word for word, name in SIZES.items() if not misfits(checkpoint, name)]
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        hint = f"; its tensors are those of {fitting[0]}" if fitting else ""
+        raise CheckpointError(f"{checkpoint.path}: not a {' '.join(words)}: {', '.join(wrong[:3])}{more}{hint}")
+
+
+def misfits(checkpoint: Checkpoint, layers: str | dict[str, Any]) -> list[str]:
+    """What of the checkpoint is not as in a network of these layers and the checkpoint's number of classes."""
+    described = described_by(layers, checkpoint)
+    with torch.device("meta"):
+        modules, _ = parse_model(read_spec(described.meta["yaml"]))
+    wanted = {f"model.{name}": value.numel() for name, value in modules.state_dict().items()}
+    held = {name: value.numel() for name, value in checkpoint.model.items()}
+    beside = {f"model.{len(modules) - 1}.{name}" for name in ("anchor_grid", "strides")}
+    lacking = [f"{name} is not in it" for name in wanted if name not in held]
+    other = [
+        f"{name} has {held[name]:,} values, not {count:,}"
+        for name, count in wanted.items()
+        if held.get(name, count) != count
+    ]
+    return [*lacking, *other, *(f"{name} has no place" for name in held if name not in wanted and name not in beside)]

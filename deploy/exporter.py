@@ -106,8 +106,9 @@ def export(job: Job, kind: Format, target: Path | None = None) -> Path:
     folder = _temporary_folder(target.parent)
     try:
         made = folder / target.name
-        compared = _write(job, kind, made)
+        told = _write(job, kind, made)
         seconds, size = time.perf_counter() - start, _size(made)
+        compared = told or _check(job, kind, made)
         _rename(made, target, folder)
     except ExportError as error:
         raise ExportError(f"{target}: {error}") from error
@@ -127,12 +128,11 @@ def export(job: Job, kind: Format, target: Path | None = None) -> Path:
 
 
 def _write(job: Job, kind: Format, path: Path) -> str:
-    """Write and compare; returns what was found, for the log."""
+    """Write the file; returns what its writer found when it compared, empty for files that :func:`_check` reopens."""
     meta = metadata(job, kind.name)
     if kind.name == "wts":
         export_wts(job.plain, path, meta if job.options.meta else None)
-        compare_wts(job.plain, path)
-        return "read back, every value the same"
+        return ""
     if kind.name == "engine":
         return _write_engine(job, path)
     model = ExportModel(job.model, meta.dcn, meta.half and kind.name not in WIDE).to(job.options.device)
@@ -141,7 +141,14 @@ def _write(job: Job, kind: Format, path: Path) -> str:
     count = 2 if meta.dynamic and kind.name != "ncnn" else meta.batch
     example = input_batch(job.image, meta.imgsz, count, job.options.device).to(dtype)
     _writer(job, kind.name)(model, example, path, meta)
-    del model
+    return ""
+
+
+def _check(job: Job, kind: Format, path: Path) -> str:
+    """Reopen and compare; returns what was found, for the log."""
+    if kind.name == "wts":
+        compare_wts(job.plain, path)
+        return "read back, every value the same"
     return "; ".join(each.text() for each in compare(job, open_runtime(path, job.options.device)))
 
 

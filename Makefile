@@ -43,6 +43,7 @@ fuzz: setup
 	$(PY) -m scripts.fuzz yaml --inputs 20000
 	$(PY) -W ignore -m scripts.fuzz images --inputs 100000 2>/dev/null
 	$(PY) -m scripts.fuzz caches --inputs 20000
+	$(PY) -m scripts.fuzz wts --inputs 50000
 
 faults: setup
 	$(PY) -m scripts.faults

@@ -54,6 +54,8 @@ def build_parser() -> Parser:
     run.add_argument("--output", default="", metavar="DIR", help="folder for the files (default: beside the weights)")
     image = "picture to compare on (default: one of data/images)"
     run.add_argument("--image", default=str(ROOT / "data" / "images" / "jockey.jpg"), metavar="FILE", help=image)
+    run.add_argument("--data", default="", help=argparse.SUPPRESS)  # of old command lines: names are in the checkpoint
+    run.add_argument("--simplify", action="store_true", help=argparse.SUPPRESS)  # torch's exporter does so itself
     run.add_argument("--device", default="cpu", help="where to trace and compare: cpu, 0, ... (default: cpu)")
     run.add_argument("--debug", action="store_true", help="show a traceback instead of a one-line error")
     return parser

@@ -47,7 +47,7 @@ FORMATS = (
     ),
     Format("torchscript", ".torchscript", (), "C++ and Python with torch and torchvision"),
     Format("aoti", ".pt2", (), "compiled ahead of time, C++ and Python with torch alone"),
-    Format("openvino", "_openvino_model", (("openvino", "openvino"),), "Intel CPUs and GPUs; the fastest on a CPU"),
+    Format("openvino", "_openvino_model", (("openvino", "openvino"),), "Intel CPUs and GPUs"),
     Format("ncnn", "_ncnn_model", (("ncnn", "ncnn"), ("pnnx", "pnnx")), "phones and small boards; batch 1"),
     Format("engine", ".engine", (("tensorrt|tensorrt_rtx", "tensorrt-rtx-cu13"),), "TensorRT on NVIDIA GPUs"),
 )

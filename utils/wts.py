@@ -96,10 +96,11 @@ def _header(path: Path, file: BinaryIO, line: int) -> tuple[str, int]:
         while len(word) <= longest and (byte := file.read(1)) not in (b" ", b"\n", b""):
             word += byte
         words.append(word)
-    if not words[0] or not words[1].isdigit() or len(words[1]) > 12:
+    name = words[0].decode("utf-8", "replace")
+    if not name or not name.isprintable() or not words[1].isdigit() or len(words[1]) > 12:
         what = f"found {words[0][:40]!r}" if words[0] else "the file ends"
         raise CheckpointError(f"{path}:{line}: expected 'NAME COUNT VALUES...', {what}: not a .wts file, or cut short")
-    return words[0].decode("utf-8", "replace"), int(words[1])
+    return name, int(words[1])
 
 
 _NIBBLES = np.full(256, 255, np.uint8)

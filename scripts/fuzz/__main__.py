@@ -1,6 +1,6 @@
 """Readers fed with damaged and hostile bytes.
 
-python -m scripts.fuzz labels --inputs 100000      # or yaml, images, caches, checkpoint; --seed for others of them
+python -m scripts.fuzz labels --inputs 100000      # or yaml, images, caches, checkpoint, wts; --seed for others of them
 make fuzz                                          # all of them
 
 Each input is read once. It is accepted, refused in one line (a UserError), or a crash: any other exception, a result
@@ -19,6 +19,7 @@ TARGETS = {
     "images": "pictures",
     "caches": "label caches",
     "checkpoint": "weights files",
+    "wts": "weights as text (.wts)",
 }
 """Name: what is read. Each is a module ``fuzz_NAME`` here with ``run(inputs, seed) -> Counts``."""
 

@@ -102,6 +102,7 @@ def test_suppression_inside(tiny: Path, make_job, picture: np.ndarray, tmp_path:
         (["--include", "ncnn", "--dynamic"], "--include ncnn: runs one image of one size"),
         (["--image", "nowhere.jpg"], "nowhere.jpg"),
         (["--conf-thres", 2], "--conf-thres"),
+        (["--int8"], "--int8: eight-bit files are not offered"),
         (["--dcm", "gridsample"], "--dcm: no such flag, did you mean '--dcn'?"),
     ],
 )

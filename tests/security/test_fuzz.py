@@ -11,7 +11,7 @@ from scripts.fuzz.__main__ import TARGETS
 from scripts.fuzz.rounds import mutate, run_round
 from utils.errors import DataError
 
-ROUND = {"labels": 2000, "yaml": 400, "images": 500, "caches": 300, "checkpoint": 200}
+ROUND = {"labels": 2000, "yaml": 400, "images": 500, "caches": 300, "checkpoint": 200, "wts": 500}
 
 
 @pytest.mark.filterwarnings("ignore")  # Pillow's, about the damaged pictures

@@ -25,7 +25,7 @@ from models.loading import described_by, fill_described, read_any_weights
 from models.surgery import fuse
 from models.yolo import DetectionModel
 from utils.console import LOGGER
-from utils.errors import CheckpointError, ConfigError
+from utils.errors import CheckpointError, ConfigError, ResourceError
 from utils.files import atomic_open
 
 
@@ -61,7 +61,7 @@ def build(weights: str | Path, target: str | Path, words: Sequence[str], options
 
     What can be run here is compared with the model on the picture. Raises ConfigError for a size that is no multiple of
     the stride or another suffix, CheckpointError as :func:`load_sized`, ExportError for a network that TensorRT does
-    not build or one that computes something else, MissingPackage, OSError.
+    not build or one that computes something else, MissingPackage, ResourceError for a folder that takes no file.
     """
     target, start = Path(target), time.perf_counter()
     if target.suffix not in (".engine", ".onnx"):
@@ -70,9 +70,12 @@ def build(weights: str | Path, target: str | Path, words: Sequence[str], options
     multiple = side_multiple(model.stride)
     if any(side < 1 or side % multiple for side in options.imgsz):
         raise ConfigError(f"--imgsz {options.imgsz[0]} {options.imgsz[1]}: not multiples of the stride {multiple}")
-    with atomic_open(target) as file:  # before the work: a folder that cannot be written to is told at once
-        content, told = (engine_of if target.suffix == ".engine" else _onnx)(model, options)
-        file.write(content)
+    try:
+        with atomic_open(target) as file:  # before the work: a folder that cannot be written to is told at once
+            content, told = (engine_of if target.suffix == ".engine" else _onnx)(model, options)
+            file.write(content)
+    except OSError as error:
+        raise ResourceError(f"{target}: cannot be written ({error.strerror}); give another folder") from error
     seconds = time.perf_counter() - start
     LOGGER.info(f"{target.suffix[1:]}: {target} ({len(content) / 1e6:.1f} MB, {seconds:.1f} s), {told}")
     return target
@@ -97,10 +100,13 @@ def engine_of(model: DetectionModel, options: BuildOptions) -> tuple[bytes, str]
     net = TensorRtNetwork(trt, options.engine)
     describe_network(model, net, options.imgsz, options.half)
     meta = replace(_meta(model, options, "gridsample"), batch=options.engine.most)
+    start = time.perf_counter()
     engine = net.finish({})
+    seconds = time.perf_counter() - start
     maker = Maker(trt.__name__, trt.__version__, net.targets())
     content = pack_engine(engine, meta, maker)
-    return content, f"{maker.text()}, batch 1 to {meta.batch}; {_tried(model, content, maker, options)}"
+    told = f"{seconds:.1f} s of it in {maker.text()}, batch 1 to {meta.batch}"
+    return content, f"{told}; {_tried(model, content, maker, options)}"
 
 
 def _tried(model: DetectionModel, content: bytes, maker: Maker, options: BuildOptions) -> str:

@@ -13,7 +13,8 @@ from models.spec import read_spec
 from utils.checkpoint import Checkpoint
 from utils.errors import CheckpointError, ConfigError, did_you_mean
 
-LETTERS = "nsmlx"
+LETTERS = {"n": 16, "s": 32, "m": 48, "l": 64, "x": 80}
+"""And the channels of their first layer."""
 FORMS = {"": "yolov5{}.yaml", "6": "hub/yolov5{}6.yaml", "_dcn": "yolov5{}-dcn.yaml", "_dcn4": "yolov5{}-dcn4.yaml"}
 """By what stands behind the letter."""
 SIZES = {letter + form: name.format(letter) for form, name in FORMS.items() for letter in LETTERS}
@@ -52,10 +53,20 @@ def check_fit(checkpoint: Checkpoint, words: Sequence[str]) -> None:
         return
     wrong = misfits(checkpoint, layers)
     if wrong:
-        fitting = [word for word, name in SIZES.items() if not misfits(checkpoint, name)]
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        hint = f"; its tensors are those of {fitting[0]}" if fitting else ""
+        fitting = size_of(checkpoint)
+        hint = f"; its tensors are those of {fitting}" if fitting else ""
         raise CheckpointError(f"{checkpoint.path}: not a {' '.join(words)}: {', '.join(wrong[:3])}{more}{hint}")
+
+
+def size_of(checkpoint: Checkpoint) -> str | None:
+    """The word for a size with just these tensors; None where there is none."""
+    stem = checkpoint.model.get("model.0.conv.weight")
+    for word, name in SIZES.items():
+        likely = stem is not None and stem.numel() == 3 * 6 * 6 * LETTERS[word[0]]  # building all would take seconds
+        if likely and not misfits(checkpoint, name):
+            return word
+    return None
 
 
 def misfits(checkpoint: Checkpoint, layers: str | dict[str, Any]) -> list[str]:

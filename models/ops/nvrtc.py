@@ -81,7 +81,7 @@ def _cached(source: str, constants: tuple[tuple[str, int], ...], architecture: s
     texts = [(SOURCES / name).read_text() for name in (f"{source}.cu", *HEADERS)]
     key = hashlib.sha256(repr((texts, constants, architecture, nvrtc_version())).encode()).hexdigest()
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    file = Path(base) / "deform-yolo" / f"{source}-{key[:32]}.cubin"
+    file = Path(base) / "dcn-yolov5" / "kernels" / f"{source}-{key[:32]}.cubin"
     try:
         return file.read_bytes()
     except OSError:

@@ -25,7 +25,9 @@ where the columns are others, ``HEADER``. ``only`` is a pattern, empty for all r
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m scripts.faults", description="Run faults and hostile inputs.")
-    parser.add_argument("group", nargs="*", choices=[[], *GROUPS], help=f"of {', '.join(GROUPS)}; all by default")
+    parser.add_argument(
+        "group", nargs="*", choices=[[], *GROUPS], metavar="GROUP", help=f"of {', '.join(GROUPS)}; all by default"
+    )
     parser.add_argument("--only", default="", metavar="PATTERN", help="rows whose names match")
     parser.add_argument("--kills", type=int, default=50, metavar="N", help="random kill -9 (default: %(default)s)")
     parser.add_argument(

@@ -297,6 +297,22 @@ def elastic(folder: Path) -> Result:
     )
 
 
+@accident("kill -9 when an export is complete but has not its name yet", "tests/deploy/test_export.py")
+def export_killed(folder: Path) -> Result:
+    start(folder, "--epochs", "1")
+    weights = folder / "runs" / "exp" / "weights"
+    flags = ["--weights", str(weights / "best.pt"), "--include", "onnx", "--img", "96", "--device", "cpu"]
+    first = run(command("export.py", flags), folder)
+    older = (weights / "best.onnx").read_bytes()
+    struck = run(command("export.py", [*flags, "--opset", "20"], "kill-before-rename:1,.onnx"), folder)
+    kept = (weights / "best.onnx").read_bytes() == older
+    again = run(command("export.py", [*flags, "--opset", "20"]), folder)
+    fine = (first.status, struck.status, again.status) == (0, -signal.SIGKILL, 0) and kept and again.clean
+    fine = fine and (weights / "best.onnx").read_bytes() != older
+    after = "the older file is whole and in its place; the next export replaces it" if fine else again.line()
+    return Result(struck.status, "", after, fine)
+
+
 @accident("a stream stops (detect.py)", "tests/inference/test_sources.py")
 def stream(folder: Path) -> Result:
     start(folder, "--epochs", "1")

@@ -63,13 +63,15 @@ def kill_in_cache(_: str) -> None:
     at_call(np, "savez", 1, half_written(np.savez))
 
 
-def kill_before_rename(number: str) -> None:
-    """When the ``number``-th checkpoint is complete under its temporary name."""
+def kill_before_rename(argument: str) -> None:
+    """When the N-th checkpoint ("2"), or file of another ending ("1,.onnx"), is complete under its temporary name."""
+    number, _, suffix = argument.partition(",")
+    suffix = suffix or ".pt"
     real, seen = os.replace, []
 
     def replace(source: str, target: str | Path) -> None:
-        seen.extend([1] * str(target).endswith(".pt"))
-        if len(seen) == int(number) and str(target).endswith(".pt"):
+        seen.extend([1] * str(target).endswith(suffix))
+        if len(seen) == int(number) and str(target).endswith(suffix):
             kill()
         real(source, target)
 

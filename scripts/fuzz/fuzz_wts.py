@@ -13,7 +13,17 @@ from scripts.fuzz.rounds import Counts, mutate, run_round
 from utils.wts import META, read_wts, write_wts
 
 WORDS = [b" ", b"\n", b"  ", b"0", b"-1", b"99999999999", b"9" * 300, b"3f800000", b" 3f800000", b"g", b"\0", b"\x0b"]
-WORDS += [b"\xff", b"1\n", b"a 1  3f800000\n", b"a 0 \n", META.encode(), b"\x1b[2J", b"\xc2\x85", b"x" * 300, b"7fc00000"]
+WORDS += [
+    b"\xff",
+    b"1\n",
+    b"a 1  3f800000\n",
+    b"a 0 \n",
+    META.encode(),
+    b"\x1b[2J",
+    b"\xc2\x85",
+    b"x" * 300,
+    b"7fc00000",
+]
 
 
 def run(inputs: int, seed: int) -> Counts:

@@ -9,14 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from deploy.metadata import Metadata
-from utils.errors import ConfigError
+from utils.errors import ConfigError, ExportError
+
+MAX_VALUES = 50_000_000
+"""Of the predictions that an image's detections are turned back into."""
 
 
 class Runtime(nn.Module):
     """An exported file, ready to run. Has no parameters; ``.to()``, ``.half()`` and ``.eval()`` change nothing.
 
-    ``names``, ``nc``, ``stride`` (levels,) and ``yaml`` are those of a model; ``imgsz`` is (height, width) where the
-    file takes no other size, else None.
+    ``names``, ``nc``, ``stride`` (levels,) and ``yaml`` are those of a model; ``imgsz`` is (height, width) and
+    ``at_once`` the number of images where the file takes no others, else None.
     """
 
     half_input = True
@@ -28,13 +31,14 @@ class Runtime(nn.Module):
         self.names, self.nc = dict(enumerate(meta.names)), len(meta.names)
         self.stride = torch.tensor(meta.strides)
         self.imgsz = None if meta.dynamic else meta.imgsz
+        self.at_once = None if meta.dynamic else meta.batch
         self.yaml: dict = {}
 
     def forward(self, images: Tensor) -> tuple[Tensor, None]:
         """images (B, 3, H, W) in 0..1 -> (decoded (B, N, 5 + nc) float32 on the device of images, None).
 
         Any B: a file made for one batch size is run as often as it takes, the last time filled up. Raises ConfigError
-        for a size that the file does not take.
+        for a size that the file does not take, ExportError for a file that gives something else than it says.
         """
         size = tuple(images.shape[2:])
         if self.imgsz is not None and size != self.imgsz:
@@ -55,8 +59,19 @@ class Runtime(nn.Module):
         return self._decoded(full)[: len(images)]
 
     def _decoded(self, images: Tensor) -> Tensor:
-        output = self.run(images)
-        return from_detections(output, len(images), self.nc, self.nc * self.meta.nms) if self.meta.nms else output
+        output, batch = self.run(images), len(images)
+        if self.meta.nms:
+            self._expect(output, output.dim() == 2 and output.shape[1] == 7, f"(n, 7) for {self.nc} classes")
+            self._expect(output, bool(((output[:, 6] >= 0) & (output[:, 6] < self.nc)).all()), f"{self.nc} classes")
+            return from_detections(output, batch, self.nc, min(self.nc * self.meta.nms, MAX_VALUES // (5 + self.nc)))
+        right = output.dim() == 3 and (output.shape[0], output.shape[2]) == (batch, 5 + self.nc)
+        self._expect(output, right, f"({batch}, N, {5 + self.nc}) for {self.nc} classes")
+        return output
+
+    def _expect(self, output: Tensor, right: bool, expected: str) -> None:
+        """Files may come from anywhere: what they say of themselves need not be what they give."""
+        if not right:
+            raise ExportError(f"{self.source}: gives {tuple(output.shape)}, expected {expected}; export it again")
 
     @abstractmethod
     def run(self, images: Tensor) -> Tensor:

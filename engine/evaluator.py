@@ -124,10 +124,12 @@ def _eval_mode(model: Any) -> Iterator[None]:
 
 
 def _forward(model: Callable[[Tensor], tuple[Tensor, Any]], images: Tensor) -> tuple[Tensor, Any]:
-    """The model's output for the whole batch; on the CPU computed in chunks, which is faster and gives the same."""
-    if images.device.type != "cpu" or len(images) <= CPU_CHUNK:
+    """The model's output for the whole batch; on the CPU computed in chunks, which is faster and gives the same. An
+    exported file of one batch size gets chunks of that size."""
+    at_once = getattr(model, "at_once", None) or CPU_CHUNK
+    if images.device.type != "cpu" or len(images) <= at_once:
         return model(images)
-    decoded, raw = zip(*(model(chunk) for chunk in images.split(CPU_CHUNK)))
+    decoded, raw = zip(*(model(chunk) for chunk in images.split(at_once)))
     return torch.cat(decoded), None if raw[0] is None else [torch.cat(level) for level in zip(*raw)]
 
 

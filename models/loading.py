@@ -19,6 +19,7 @@ from models.yolo import DetectionModel
 from utils.checkpoint import Checkpoint
 from utils.console import LOGGER
 from utils.errors import CheckpointError, ConfigError
+from utils.files import EXPORTED_MODELS
 from utils.safe_names import MAX_NAME, printable
 from utils.wts import read_wts
 
@@ -188,6 +189,9 @@ def _differences(model: DetectionModel, checkpoint: Checkpoint) -> list[str]:
 def _read(path: str | Path) -> Checkpoint:
     if Path(path).suffix in (".yaml", ".yml"):
         raise CheckpointError(f"{path}: a model YAML holds no weights; use --cfg {path}")
+    if str(path).endswith(EXPORTED_MODELS):
+        where = "val.py, detect.py and deploy.runtime.open_model run it"
+        raise CheckpointError(f"{path}: an exported model: {where}; a checkpoint (.pt) is needed here")
     return read_any_weights(path)
 
 

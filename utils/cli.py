@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from utils.config import DCN_BACKENDS, check_thresholds
 from utils.errors import CheckpointError, ConfigError, did_you_mean
-from utils.files import ROOT
+from utils.files import EXPORTED_MODELS, ROOT
 
 # Flags of YOLOv5 that are absent on purpose: the answer to who types them.
 ABSENT = {
@@ -34,10 +34,6 @@ ABSENT = {
     "--topk-per-class": "--max-det says how many boxes of a class --nms keeps",
     "--dnn": "OpenCV's DNN runtime is not offered; ONNX files run in ONNX Runtime",
 }
-
-
-MODEL_FOLDERS = ("_openvino_model", "_ncnn_model")
-"""Ends of the names of folders that --weights takes whole (deploy/formats.py)."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -147,7 +143,7 @@ def check_detection_flags(args: argparse.Namespace) -> None:
 def check_weights(weights: str) -> None:
     """Raise CheckpointError, saying how to get some, when the file does not exist. Nothing is downloaded."""
     path = Path(weights)
-    if path.is_file() or (path.is_dir() and path.name.endswith(MODEL_FOLDERS)):
+    if path.is_file() or (path.is_dir() and path.name.endswith(EXPORTED_MODELS)):
         return
     if path.is_dir() and weights:
         raise CheckpointError(f"--weights {weights}: is a folder; give the file in it, e.g. weights/best.pt")

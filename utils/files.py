@@ -18,6 +18,9 @@ from utils.errors import ConfigError, ResourceError
 ROOT = Path(__file__).resolve().parents[1]
 """The repository's folder."""
 
+EXPORTED_MODELS = (".onnx", ".torchscript", ".pt2", ".engine", "_openvino_model", "_ncnn_model")
+"""How the names of files and folders of export.py end that are run as they are (the table is deploy/formats.py)."""
+
 MAX_YAML_BYTES = 2_000_000
 MAX_YAML_VALUES = 100_000  # the largest data sets have some 13,000 classes; this many are read in a few seconds
 MAX_YAML_DEPTH = 50

@@ -14,12 +14,14 @@ import val
 from deploy.checking import difference
 from deploy.contract import Runtime
 from deploy.exporter import export
-from deploy.formats import BY_NAME
+from deploy.formats import BY_NAME, FORMATS
+from deploy.metadata import Metadata
 from deploy.runtime import open_model, open_runtime
 from deploy.wrap import quiet
 from models.loading import load_model
 from tests.deploy.conftest import CELLS
-from utils.errors import ConfigError, run_cli
+from utils.errors import CheckpointError, ConfigError, ExportError, run_cli
+from utils.files import EXPORTED_MODELS
 
 CPU = torch.device("cpu")
 FREE = ("onnx", "torchscript", "openvino")
@@ -154,6 +156,32 @@ def test_numbers_of_images_that_fill_no_batch(tiny: Path, make_job, tmp_path: Pa
     assert shapes == [(3, 3, 96, 128)] * 2
 
 
+class Fake(Runtime):
+    """Says what it is told to say, gives what it is told to give."""
+
+    def __init__(self, output: torch.Tensor, nms: int = 0) -> None:
+        super().__init__(Metadata(("a", "b"), 32, (8.0,), (32, 32), dynamic=True, nms=nms), Path("fake.onnx"))
+        self._output = output
+
+    def run(self, images: torch.Tensor) -> torch.Tensor:
+        return self._output
+
+
+@pytest.mark.parametrize("shape", [(1, 10, 8), (2, 10, 7), (10, 7), (1, 7, 10)])
+def test_a_file_that_gives_something_else_than_it_says(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ExportError, match="fake.onnx: gives .* expected"):
+        Fake(torch.rand(shape))(torch.rand(1, 3, 32, 32))
+
+
+def test_detections_of_classes_that_are_not_there() -> None:
+    rows = torch.tensor([[0, 1, 1, 5, 5, 0.9, 1.0], [0, 1, 1, 5, 5, 0.9, 2.0]])
+    assert Fake(rows[:1], nms=3)(torch.rand(1, 3, 32, 32))[0].shape == (1, 6, 7)
+    with pytest.raises(ExportError, match="expected 2 classes"):
+        Fake(rows, nms=3)(torch.rand(1, 3, 32, 32))
+    with pytest.raises(ExportError, match="expected"):
+        Fake(rows[:, :6], nms=3)(torch.rand(1, 3, 32, 32))
+
+
 def test_one_exported_file_at_a_time(files: dict[str, Path], weights: Path) -> None:
     with pytest.raises(ConfigError, match="only checkpoints make an ensemble"):
         open_model([str(weights), str(files["onnx"])], CPU)
@@ -175,6 +203,17 @@ def test_study_needs_a_file_for_any_size(
     assert run_cli(val.main, [*argv, "--project", str(tmp_path)]) == 2
     assert "takes one image size" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_where_a_checkpoint_is_needed(files: dict[str, Path]) -> None:
+    for path in files.values():
+        assert path.name.endswith(EXPORTED_MODELS)
+        with pytest.raises(CheckpointError, match="an exported model: val.py, detect.py"):
+            load_model(path)
+
+
+def test_the_two_lists_of_suffixes_agree() -> None:
+    assert set(EXPORTED_MODELS) == {each.suffix for each in FORMATS if each.runs}
 
 
 BAD = {

@@ -150,6 +150,8 @@ def load(weights: list[str], data: DataConfig, device: torch.device, args: argpa
     from utils.device import describe_device
 
     model = open_model(weights, device, args.cfg)
+    if getattr(model, "suppresses", False):
+        LOGGER.warning(f"{weights[0]}: has its own threshold and suppression inside: its mAP is not that of others")
     if args.task == "study" and getattr(model, "imgsz", None):
         raise ConfigError(f"--task study: {weights[0]} takes one image size; export it with --dynamic")
     names = dict(model.names)

@@ -19,7 +19,8 @@ class Runtime(nn.Module):
     """An exported file, ready to run. Has no parameters; ``.to()``, ``.half()`` and ``.eval()`` change nothing.
 
     ``names``, ``nc``, ``stride`` (levels,) and ``yaml`` are those of a model; ``imgsz`` is (height, width) and
-    ``at_once`` the number of images where the file takes no others, else None.
+    ``at_once`` the number of images where the file takes no others, else None. ``suppresses``: it gives only what is
+    left after suppression.
     """
 
     half_input = True
@@ -32,6 +33,7 @@ class Runtime(nn.Module):
         self.stride = torch.tensor(meta.strides)
         self.imgsz = None if meta.dynamic else meta.imgsz
         self.at_once = None if meta.dynamic else meta.batch
+        self.suppresses = self.meta.nms > 0
         self.yaml: dict = {}
 
     def forward(self, images: Tensor) -> tuple[Tensor, None]:

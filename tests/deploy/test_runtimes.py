@@ -173,6 +173,10 @@ def test_a_file_that_gives_something_else_than_it_says(shape: tuple[int, ...]) -
         Fake(torch.rand(shape))(torch.rand(1, 3, 32, 32))
 
 
+def test_files_with_suppression_inside_say_so() -> None:
+    assert Fake(torch.rand(0, 7), nms=3).suppresses and not Fake(torch.rand(1, 10, 7)).suppresses
+
+
 def test_detections_of_classes_that_are_not_there() -> None:
     rows = torch.tensor([[0, 1, 1, 5, 5, 0.9, 1.0], [0, 1, 1, 5, 5, 0.9, 2.0]])
     assert Fake(rows[:1], nms=3)(torch.rand(1, 3, 32, 32))[0].shape == (1, 6, 7)

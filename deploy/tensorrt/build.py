@@ -60,12 +60,14 @@ def build(weights: str | Path, target: str | Path, words: Sequence[str], options
     """Write ``target``, an .engine or an .onnx; an older file is replaced when the new one is whole.
 
     What can be run here is compared with the model on the picture. Raises ConfigError for a size that is no multiple of
-    the stride or another suffix, CheckpointError as :func:`load_sized`, ExportError for a network that TensorRT does
+    the stride, another suffix or options that do not go with it, CheckpointError as :func:`load_sized`, ExportError for a network that TensorRT does
     not build or one that computes something else, MissingPackage, ResourceError for a folder that takes no file.
     """
     target, start = Path(target), time.perf_counter()
     if target.suffix not in (".engine", ".onnx"):
         raise ConfigError(f"-s: {target}: expected a name that ends in .engine, or .onnx")
+    if target.suffix == ".engine" and options.dcn == "deformconv":
+        raise ConfigError("--dcn deformconv: for an .onnx; in an engine DCN layers are put together from GridSample")
     model = load_sized(weights, words)
     multiple = side_multiple(model.stride)
     if any(side < 1 or side % multiple for side in options.imgsz):
@@ -99,7 +101,7 @@ def engine_of(model: DetectionModel, options: BuildOptions) -> tuple[bytes, str]
     trt = load_tensorrt(options.module)
     net = TensorRtNetwork(trt, options.engine)
     describe_network(model, net, options.imgsz, options.half)
-    meta = replace(_meta(model, options, "gridsample"), batch=options.engine.most)
+    meta = replace(_meta(model, options, "deformconv" if net.has_deform_conv else "gridsample"), batch=options.engine.most)
     start = time.perf_counter()
     engine = net.finish({})
     seconds = time.perf_counter() - start

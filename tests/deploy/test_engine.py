@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 from pathlib import Path
@@ -120,6 +121,23 @@ def test_an_engine_asks_for_a_gpu(wts: Path, tmp_path: Path, capfd: pytest.Captu
     assert "an engine runs on an NVIDIA GPU" in line(capfd, "-d", tmp_path / "a.engine", CELLS)
 
 
+def test_an_engine_for_other_cards_and_one_that_does_not_open(
+    wts: Path, tmp_path: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The real module is asked to open it; only the card is made up."""
+    assert run_cli(program.main, ["-s", str(wts), str(tmp_path / "a.engine"), "--img", "64", "--arch", "86"]) == 0
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "GPU")
+    monkeypatch.setattr("torch.cuda.device", lambda device: contextlib.nullcontext())
+    capfd.readouterr()
+    for card, expected in (
+        ((9, 0), r"for compute capability 8[.]6; this is a GPU \(9[.]0\); build it again here"),
+        ((8, 6), r"tensorrt_rtx 1[.].* cannot open it \(.*\); build it again here"),
+    ):
+        monkeypatch.setattr("torch.cuda.get_device_capability", lambda device, card=card: card)
+        with pytest.raises(ExportError, match=expected):
+            open_runtime(tmp_path / "a.engine", "cuda")
+
+
 def test_what_runs_an_engine_is_there() -> None:
     """No engine can be run here; what run_engine.py calls at least exists in the real module."""
     trt = load_tensorrt("tensorrt_rtx")
@@ -186,6 +204,7 @@ def test_a_size_is_told_by_its_tensors(plain: Path) -> None:
         (["--img", "100"], "--imgsz 100 100: not multiples of the stride 32"),
         (["--img", "0"], "--imgsz 0 0: not multiples"),
         (["--img", "1", "2", "3"], "--imgsz 1 2 3: expected"),
+        (["--dcn", "deformconv"], "--dcn deformconv: for an .onnx"),
         (["--arch", "90"], "--arch 90: tensorrt_rtx has no such target; it knows 75, 80, 86, 89, 120, 121"),
         (["--batch-size", "0"], "--batch-size 0: expected 1 to --max-batch, 8"),
         (["--batch-size", "9", "--max-batch", "4"], "--batch-size 9: expected 1 to --max-batch, 4"),

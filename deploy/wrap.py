@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from deploy.dcn_forms import ExportDCN, use_dcn_form
+from models.activations import MemoryEfficientMish, Mish
 from models.common import DCN
 from models.head import Detect
 from models.yolo import DetectionModel
@@ -26,6 +27,7 @@ class ExportModel(nn.Module):
         float16."""
         super().__init__()
         self.model = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
+        _replace(self.model, MemoryEfficientMish, Mish())  # a backward pass of its own, which converters cannot hold
         if form:
             use_dcn_form(self.model, form)
         if half:
@@ -35,6 +37,13 @@ class ExportModel(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.model(images)[0]
+
+
+def _replace(model: nn.Module, kind: type[nn.Module], by: nn.Module) -> None:
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, kind):
+                setattr(parent, name, by)
 
 
 def _half(model: DetectionModel) -> None:

@@ -253,6 +253,12 @@ def test_a_model_without_dcn_needs_no_form(make_job, tmp_path: Path) -> None:
     assert open_runtime(path).meta.dcn == ""
 
 
+def test_an_activation_with_a_backward_pass_of_its_own(make_job, tmp_path: Path) -> None:
+    model = DetectionModel({**TINY, "activation": "nn.MemoryEfficientMish"})
+    path = write(make_job(saved(model, tmp_path / "mish.pt")), BY_NAME["torchscript"])
+    assert open_runtime(path).nc == 3
+
+
 # -- what travels -----------------------------------------------------------------------------------------------------
 
 

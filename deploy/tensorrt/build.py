@@ -60,8 +60,9 @@ def build(weights: str | Path, target: str | Path, words: Sequence[str], options
     """Write ``target``, an .engine or an .onnx; an older file is replaced when the new one is whole.
 
     What can be run here is compared with the model on the picture. Raises ConfigError for a size that is no multiple of
-    the stride, another suffix or options that do not go with it, CheckpointError as :func:`load_sized`, ExportError for a network that TensorRT does
-    not build or one that computes something else, MissingPackage, ResourceError for a folder that takes no file.
+    the stride, another suffix or options that do not go with it, CheckpointError as :func:`load_sized`, ExportError for
+    a network that TensorRT does not build or one that computes something else, MissingPackage, ResourceError for a
+    folder that takes no file.
     """
     target, start = Path(target), time.perf_counter()
     if target.suffix not in (".engine", ".onnx"):
@@ -101,7 +102,8 @@ def engine_of(model: DetectionModel, options: BuildOptions) -> tuple[bytes, str]
     trt = load_tensorrt(options.module)
     net = TensorRtNetwork(trt, options.engine)
     describe_network(model, net, options.imgsz, options.half)
-    meta = replace(_meta(model, options, "deformconv" if net.has_deform_conv else "gridsample"), batch=options.engine.most)
+    form = "deformconv" if net.has_deform_conv else "gridsample"
+    meta = replace(_meta(model, options, form), batch=options.engine.most)
     start = time.perf_counter()
     engine = net.finish({})
     seconds = time.perf_counter() - start

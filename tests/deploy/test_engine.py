@@ -23,10 +23,12 @@ from deploy.to_wts import wts_tensors
 from models.loading import read_any_weights
 from models.yolo import DetectionModel
 from tests.deploy.conftest import CELLS
+from tests.deploy.trt_interpreter import needs_wheel
 from utils.errors import ConfigError, ExportError, run_cli
 from utils.wts import write_wts
 
 program = importlib.import_module("deploy.tensorrt.__main__")
+pytestmark = needs_wheel
 CARDS = (75, 80, 86, 89, 120, 121)
 
 

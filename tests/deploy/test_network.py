@@ -21,10 +21,11 @@ from deploy.to_wts import wts_tensors
 from models.common import C3, DCN, Conv, DCNConv
 from models.surgery import fuse
 from models.yolo import DetectionModel
-from tests.deploy.trt_interpreter import run_network
+from tests.deploy.trt_interpreter import needs_wheel, run_network
 from utils.errors import ExportError
 from utils.wts import write_wts
 
+pytestmark = needs_wheel
 SIZE = (64, 96)
 FORMS = ["deformconv", "gridsample"]
 

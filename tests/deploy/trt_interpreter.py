@@ -6,13 +6,21 @@ GPU.
 
 from __future__ import annotations
 
+import platform
+import sys
 from types import ModuleType
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+needs_wheel = pytest.mark.skipif(
+    (sys.platform, platform.machine()) != ("linux", "x86_64"), reason="tensorrt_rtx has no package for this machine"
+)
+"""Where requirements-dev.txt installs it, its absence is a failure."""
 
 
 def run_network(trt: ModuleType, network: Any, images: Tensor) -> Tensor:

@@ -51,6 +51,8 @@ def export_onnx(
         )
     proto = program.model_proto
     _strip(proto.graph)
+    if meta.dynamic:
+        _name_axes(proto.graph)
     if suppress is not None:
         proto = _with_suppression(proto, len(meta.names), **suppress)
     onnx.helper.set_model_props(proto, meta.entries())
@@ -68,10 +70,17 @@ def _strip(graph: Any) -> None:
     del graph.metadata_props[:]
 
 
+def _name_axes(graph: Any) -> None:
+    """Words in place of the exporter's arithmetic (32*s18), for whoever looks at the input and the output."""
+    for value, axes in ((graph.input[0], {2: "height", 3: "width"}), (graph.output[0], {1: "boxes"})):
+        for axis, word in axes.items():
+            value.type.tensor_type.shape.dim[axis].dim_param = word
+
+
 SUPPRESSION = """
 suppression (float[batch, rows, columns] predictions) => (float[found, 7] detections)
 <int64[3] parts = {{4, 1, {nc}}}, int64[1] last = {{2}}, int64[1] one = {{1}}, float zero = {{0}}, float half = {{0.5}},
- int64[1] most = {{{max_det}}}, float[1] overlap = {{{iou}}}, float[1] least = {{{conf}}}>
+ int64[1] most = {{{max_det}}}, float[1] overlap = {{{iou:.8f}}}, float[1] least = {{{conf:.8f}}}>
 {{
     boxes, objectness, classes = Split <axis = 2> (predictions, parts)
     scores = Mul (objectness, classes)

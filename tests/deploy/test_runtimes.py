@@ -116,6 +116,9 @@ def test_onnx_metadata_reads_as_json_in_onnx_itself(files: dict[str, Path]) -> N
     entries = {entry.key: entry.value for entry in proto.metadata_props}
     assert entries["names"] == '["RBC", "WBC", "Platelets"]' and entries["stride"] == "32"
     assert proto.opset_import[0].version == 19
+    shapes = [each[0].type.tensor_type.shape.dim for each in (proto.graph.input, proto.graph.output)]
+    given, found = ([dim.dim_param or dim.dim_value for dim in dims] for dims in shapes)
+    assert (given, found) == (["batch", 3, "height", "width"], ["batch", "boxes", 8])
     assert sum(node.op_type == "DeformConv" for node in proto.graph.node) == 3
     assert "/work" not in str(proto.graph.node[0]) and not proto.graph.node[0].metadata_props
 

@@ -57,6 +57,19 @@ def test_onnx_from_grid_sample_in_float16(tiny: Path, make_job, picture: np.ndar
     assert 0 < far.relative < 1e-2 and far.score < 1e-2
 
 
+def test_onnx_for_any_size_and_batch(tiny: Path, make_job, tmp_path: Path) -> None:
+    path = write(make_job(tiny, dynamic=True, folder=tmp_path), BY_NAME["onnx"])
+    graph = onnx.load(path).graph
+    shapes = [each[0].type.tensor_type.shape.dim for each in (graph.input, graph.output)]
+    given, found = ([dim.dim_param or dim.dim_value for dim in dims] for dims in shapes)
+    assert (given, found) == (["batch", 3, "height", "width"], ["batch", "boxes", 8])
+    model, runtime = load_model(tiny), open_runtime(path)
+    for shape in ((1, 3, 64, 64), (3, 3, 32, 160)):
+        images = torch.rand(shape)
+        with torch.no_grad():
+            assert difference(model(images)[0], runtime(images)[0]).relative < 1e-3
+
+
 def test_sampling_is_in_float32_inside_a_float16_file(tiny: Path, make_job, tmp_path: Path) -> None:
     path = write(make_job(tiny, half=True, folder=tmp_path), BY_NAME["onnx"])
     graph = onnx.shape_inference.infer_shapes(onnx.load(path)).graph
@@ -68,9 +81,8 @@ def test_sampling_is_in_float32_inside_a_float16_file(tiny: Path, make_job, tmp_
     assert onnx.TensorProto.FLOAT16 in {kinds[node.output[0]] for node in graph.node if node.op_type == "Conv"}
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_suppression_inside(tiny: Path, make_job, picture: np.ndarray, tmp_path: Path, dynamic: bool) -> None:
-    options = {"nms": True, "conf": 0.3, "iou": 0.4, "max_det": 300, "batch": 2, "dynamic": dynamic}
+def test_suppression_inside(tiny: Path, make_job, picture: np.ndarray, tmp_path: Path) -> None:
+    options = {"nms": True, "conf": 0.3, "iou": 0.4, "max_det": 300, "batch": 2}
     path = write(make_job(tiny, folder=tmp_path, **options), BY_NAME["onnx"])
     images = input_batch(picture, (96, 128), 2, torch.device("cpu"))
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])

@@ -10,7 +10,7 @@ from torch import Tensor
 from deploy.contract import Runtime
 from deploy.tensorrt.engine_file import read_engine
 from deploy.tensorrt.network import INPUT, OUTPUT
-from deploy.tensorrt.trt_backend import MODULES, load_tensorrt, quiet_log
+from deploy.tensorrt.trt_backend import MODULES, load_tensorrt, quiet_log, started
 from utils.errors import ConfigError, ExportError
 
 
@@ -34,7 +34,7 @@ class EngineRuntime(Runtime):
         trt = load_tensorrt(maker.module)
         self._log, self._device = quiet_log(trt), device
         with torch.cuda.device(device):
-            self._runtime = trt.Runtime(self._log)
+            self._runtime = started(trt, "Runtime", self._log)
             self._engine = self._runtime.deserialize_cuda_engine(engine)
             if self._engine is None:
                 here = f"{trt.__name__} {trt.__version__}"

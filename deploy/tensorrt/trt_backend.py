@@ -49,7 +49,7 @@ class TensorRtNetwork(Backend):
     def __init__(self, trt: ModuleType, options: EngineOptions) -> None:
         self.trt, self.options = trt, options
         self.log = quiet_log(trt)
-        self.builder = trt.Builder(self.log)
+        self.builder = started(trt, "Builder", self.log)
         # strict types: the only kind from TensorRT 11 on, asked for before that
         flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
         self.network = self.builder.create_network(0 if flag is None else 1 << int(flag))
@@ -169,6 +169,14 @@ class TensorRtNetwork(Backend):
         if layer is None:
             raise ExportError(f"{self.trt.__name__} refuses a layer of this network ({self.log.last})")
         return layer.get_output(0)
+
+
+def started(trt: ModuleType, part: str, log: Any) -> Any:
+    """``trt.Builder`` or ``trt.Runtime``. Raises ExportError where TensorRT finds no GPU or driver that it needs."""
+    try:
+        return getattr(trt, part)(log)
+    except (TypeError, RuntimeError) as error:  # TypeError: its way of saying that it got nothing
+        raise ExportError(f"{trt.__name__} cannot start its {part} here ({log.last})") from error
 
 
 def quiet_log(trt: ModuleType) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import types
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from deploy.runtime import open_runtime
 from deploy.tensorrt.build import BuildOptions, engine_of, load_sized
 from deploy.tensorrt.engine_file import Maker, pack_engine, read_engine
 from deploy.tensorrt.sizes import SIZES, layers_of, size_of
-from deploy.tensorrt.trt_backend import EngineOptions, load_tensorrt
+from deploy.tensorrt.trt_backend import EngineOptions, TensorRtNetwork, load_tensorrt
 from deploy.to_wts import wts_tensors
 from models.loading import read_any_weights
 from models.yolo import DetectionModel
@@ -138,6 +139,17 @@ def test_an_engine_for_other_cards_and_one_that_does_not_open(
         monkeypatch.setattr("torch.cuda.get_device_capability", lambda device, card=card: card)
         with pytest.raises(ExportError, match=expected):
             open_runtime(tmp_path / "a.engine", "cuda")
+
+
+def test_a_builder_that_finds_no_gpu_is_one_line() -> None:
+    """As TensorRT proper answers without a driver; TensorRT for RTX does not mind."""
+
+    def refuse(log: object) -> None:
+        raise TypeError("pybind11::init(): factory function returned nullptr")
+
+    module = types.SimpleNamespace(ILogger=load_tensorrt().ILogger, Builder=refuse, __name__="tensorrt")
+    with pytest.raises(ExportError, match="tensorrt cannot start its Builder here"):
+        TensorRtNetwork(module, EngineOptions())
 
 
 def test_what_runs_an_engine_is_there() -> None:

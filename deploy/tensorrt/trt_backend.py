@@ -64,21 +64,26 @@ class TensorRtNetwork(Backend):
 
     def finish(self, entries: dict[str, str]) -> bytes:
         """The engine as TensorRT serialises it: it has no place for ``entries`` (see engine_file.py)."""
-        config = self._config()
+        config = self.config()
         engine = self.builder.build_serialized_network(self.network, config)
         if engine is None:
             raise ExportError(f"{self.trt.__name__} cannot build this network ({self.log.last})")
         return bytes(engine)
 
-    def _config(self) -> Any:
-        config, profile = self.builder.create_builder_config(), self.builder.create_optimization_profile()
+    def config(self) -> Any:
+        """What TensorRT is to keep to: memory, batches, cards. Raises ConfigError for cards that it does not know."""
+        config = self.builder.create_builder_config()
         config.set_memory_pool_limit(self.trt.MemoryPoolType.WORKSPACE, WORKSPACE)
-        source = self.network.get_input(0)
-        counts = (1, self.options.batch, self.options.most)
-        profile.set_shape(source.name, *((count, *tuple(source.shape)[1:]) for count in counts))
-        config.add_optimization_profile(profile)
+        config.add_optimization_profile(self.profile())
         self._aim(config)
         return config
+
+    def profile(self) -> Any:
+        """The batches that the engine is to take: the least, the one it is tuned for, the most."""
+        profile, source = self.builder.create_optimization_profile(), self.network.get_input(0)
+        counts = (1, self.options.batch, self.options.most)
+        profile.set_shape(source.name, *((count, *tuple(source.shape)[1:]) for count in counts))
+        return profile
 
     def _aim(self, config: Any) -> None:
         """At the cards asked for. TensorRT proper builds for the one that it runs on."""

@@ -16,8 +16,9 @@ import export
 import gen_wts
 from deploy.metadata import describe
 from deploy.runtime import open_runtime
-from deploy.tensorrt.build import BuildOptions, engine_of, load_sized
+from deploy.tensorrt.build import load_sized
 from deploy.tensorrt.engine_file import Maker, pack_engine, read_engine
+from deploy.tensorrt.network import describe_network
 from deploy.tensorrt.sizes import SIZES, layers_of, size_of
 from deploy.tensorrt.trt_backend import EngineOptions, TensorRtNetwork, load_tensorrt
 from deploy.to_wts import wts_tensors
@@ -70,12 +71,17 @@ def test_an_engine_is_built(half: bool, wts: Path, tmp_path: Path, caplog: pytes
     assert [path.name for path in tmp_path.iterdir()] == ["a.engine"]
 
 
-def test_the_same_engine_every_time(wts: Path) -> None:
-    model, options = load_sized(wts, []), BuildOptions((64, 64), engine=EngineOptions(2, 4, (86,)))
-    first, second = (engine_of(model, options)[0] for _ in range(2))
-    assert first == second
-    other = engine_of(model, BuildOptions((64, 64), engine=EngineOptions(2, 5, (86,))))[0]
-    assert other != first  # the profile is in it
+def test_batches_and_cards_that_an_engine_is_for(wts: Path) -> None:
+    """Read from what TensorRT is given to build with."""
+    net = TensorRtNetwork(load_tensorrt("tensorrt_rtx"), EngineOptions(2, 4, (86, 120)))
+    describe_network(load_sized(wts, []), net, (64, 96))
+    config = net.config()
+    assert config.num_optimization_profiles == 1 and config.num_compute_capabilities == 2
+    cards = [config.get_compute_capability(number).name for number in range(2)]
+    assert cards == ["SM86", "SM120"] and net.targets() == (86, 120)
+    profile = net.profile()
+    assert [tuple(shape) for shape in profile.get_shape("images")] == [(count, 3, 64, 96) for count in (1, 2, 4)]
+    assert tuple(net.network.get_output(0).shape) == (-1, 3 * (8 * 12 + 4 * 6 + 2 * 3), 8)
 
 
 @pytest.mark.parametrize("half", [[], ["--half"]])

@@ -40,10 +40,7 @@ class Args(ctypes.Structure):
     """``Args`` of cuda/sample.cuh."""
 
     _fields_ = [
-        *(
-            (name, ctypes.c_void_p)
-            for name in ("x", "raw", "weight", "bias", "grad", "out", "sums", "grad_raw", "state")
-        ),
+        *((name, ctypes.c_void_p) for name in ("x", "raw", "weight", "grad", "out", "sums", "grad_raw", "state")),
         *((name, ctypes.c_int) for name in ("H", "W", "Ho", "Wo", "tiles", "images", "group")),
     ]
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 SOURCES = Path(__file__).parent / "cuda"
-HEADERS = ("device.cuh", "sample.cuh", "columns.cuh")
+HEADERS = ("device.cuh", "sample.cuh")
 MAX_SHARED = 8
 """CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES"""
 

@@ -80,11 +80,6 @@ DEVICE void load_matrices(u32 *to, const u16 *row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(at) : "memory");
 }
-DEVICE void load_transposed(u32 *to, const u16 *row) {
-  u32 at = (u32)__cvta_generic_to_shared(row);
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(at) : "memory");
-}
 
 // four consecutive floats, 16-byte aligned, in global memory
 DEVICE void add4(float *to, float a, float b, float c, float d) {

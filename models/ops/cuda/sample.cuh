@@ -12,10 +12,9 @@ struct Args {  // pointers that a kernel does not use are null
   const u16 *x;         // (images, H, W, C)
   const void *raw;      // (images, Ho, Wo, P)
   const u16 *weight;    // packed in the order of the tensor cores' fragments
-  const float *bias;    // (N,)
-  const u16 *grad;      // (images, Ho, Wo, N)
-  u16 *out;             // (images, Ho, Wo, N)
-  float *sums;          // grad of x (images, H, W, C), zero at first; or partial sums of the weight's gradient
+  const u16 *grad;      // (images, Ho, Wo, N), or of the columns (images, Ho, Wo, K, C)
+  u16 *out;             // columns (images, Ho, Wo, K, C), or grad of x (images, H, W, C)
+  float *sums;          // grad of x (images, H, W, C), zero at first
   void *grad_raw;       // (images, Ho, Wo, P)
   int *state;           // counters, zero at first
   int H, W, Ho, Wo;

@@ -162,16 +162,6 @@ DEVICE void load_matrices(u32 *to, const u16 *row) {
     memcpy(&to[i], from + lane % 4 * 2, 4);
   }
 }
-DEVICE void load_transposed(u32 *to, const u16 *row) {
-  Shown all(&row, 2);
-  int lane = threadIdx.x % 32;
-  for (int i = 0; i < 4; i++)
-    for (int half = 0; half < 2; half++) {
-      const u16 *from;
-      memcpy(&from, all.table[i * 8 + lane % 4 * 2 + half], 8);
-      memcpy((u16 *)&to[i] + half, from + lane / 4, 2);
-    }
-}
 DEVICE void add4(float *to, float a, float b, float c, float d) { to[0] += a, to[1] += b, to[2] += c, to[3] += d; }
 DEVICE int shared_add(int *to, int value) {
   int before = *to;

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import random
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,17 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
+    _signals_of_a_terminal()
     if not torch.cuda.is_available():
         _interpret_triton()
+
+
+def _signals_of_a_terminal() -> None:
+    """As a person's shell leaves them, for this process and those it starts: a run in the background (``&``, nohup, a
+    CI's runner) begins with Ctrl-C and hang-up ignored, and the tests that send them would see nothing come."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if hasattr(signal, "SIGHUP"):  # not on Windows
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def _interpret_triton() -> None:

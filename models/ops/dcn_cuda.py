@@ -34,6 +34,10 @@ RING = 3
 """Slots of cuda/backward_input.cu."""
 LARGEST_IMAGE = 2**27 - 1
 """Pixels: a sample's place is kept in 28 bits."""
+FUSED = {"CHANNELS": 16, "SPLIT": 1, "BLOCKS": 2, "FUSED": 1}
+APART = {"CHANNELS": 64, "SPLIT": 2, "BLOCKS": 1, "FUSED": 0}
+APART_SMALL = {"CHANNELS": 16, "SPLIT": 1, "BLOCKS": 1, "FUSED": 0}
+"""Compile-time choices of cuda/backward_input.cu: 88 to 150 KB of shared memory, 123 KB, 66 KB (RTX GPUs have 99)."""
 
 
 class Args(ctypes.Structure):
@@ -89,24 +93,18 @@ def backward(
     raise nvrtc.CudaKernelError("backward_input: this GPU has too little shared memory")
 
 
-FUSED = {"CHANNELS": 16, "SPLIT": 1, "BLOCKS": 2, "FUSED": 1}
-APART = {"CHANNELS": 64, "SPLIT": 2, "BLOCKS": 1, "FUSED": 0}
-APART_SMALL = {"CHANNELS": 16, "SPLIT": 1, "BLOCKS": 1, "FUSED": 0}
-"""Compile-time choices of cuda/backward_input.cu: 88 to 150 KB of shared memory, 123 KB, 66 KB (RTX GPUs have 99)."""
-
-
 def _backward_fused(call: _Call, function, grad: Tensor, weight: Tensor, grad_x: Tensor, grad_raw: Tensor) -> None:
     """In one launch; the sums in a ring of groups of images."""
-    x = call.x
+    x, everything, group = call.x, slice(0, len(call.x)), 0
+    blocks = call.tiles(everything)
     given = {"grad": grad, "weight": pack_gradient(weight, FUSED["CHANNELS"]), "grad_raw": grad_raw}
-    everything, group, blocks = slice(0, len(x)), len(x), call.tiles(slice(0, len(x)))
     if grad_x.numel():
         group = max(1, min(math.ceil(len(x) / RING), SCRATCH_BYTES // (RING * 4 * x[0].numel())))
         groups = math.ceil(len(x) / group)
         given["sums"] = x.new_zeros(min(RING, groups) * group * x[0].numel(), dtype=torch.float32)
         given["state"] = x.new_zeros(1 + 2 * groups, dtype=torch.int32)
         given["out"] = grad_x
-        blocks += 2 * group * call.tiles(slice(0, 1))
+        blocks += call.tiles(slice(0, 2 * group))  # they turn the last two groups
     call.launch(function, (blocks, 1), everything, group=group, **given)
 
 

@@ -27,8 +27,8 @@ LEVELS = 2.0**62
 def forward(
     x: Tensor, raw: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, silu: bool = False, tiles=None
 ) -> Tensor:
-    """Output (B, N, H', W') in the dtype of x, channels last. x, raw (B, P, H', W') and weight (N, C/G, kh, kw) on one
-    device, x and weight of one dtype."""
+    """Output (B, N, H', W') in the dtype of x, channels last, through SiLU if ``silu``. x, raw (B, P, H', W') and
+    weight (N, C/G, kh, kw) on one device, x and weight of one dtype."""
     batch, height, width, rows, columns = x.shape[0], *x.shape[2:], *raw.shape[2:]
     out = empty_map(x, (batch, geometry.outputs, rows, columns))
     if out.numel() == 0:
@@ -119,6 +119,7 @@ def backward_weight(grad: Tensor, x: Tensor, raw: Tensor, weight: Tensor, geomet
 
 
 def constants(geometry: Geometry) -> dict[str, int]:
+    """Those of Triton's kernels, which know groups and any kernel size."""
     return {
         **geometry.constants(), "G": geometry.groups, "OG": geometry.offset_groups, "KW": geometry.kernel[1],
         "K": geometry.taps, "P": 3 * geometry.taps * geometry.offset_groups, "CS": geometry.segment,

@@ -15,9 +15,6 @@
 struct uint2 {
   u32 x, y;
 };
-struct uint4 {
-  u32 x, y, z, w;
-};
 struct Index {
   int x, y;
 };
@@ -31,7 +28,6 @@ struct Barrier {
 };
 struct Warp {
   Barrier barrier;
-  const void *from[32];
   u32 value[32][12];
 };
 static ucontext_t scheduler, contexts[1024];

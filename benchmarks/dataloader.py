@@ -27,7 +27,7 @@ from utils.dataloaders import DetectionLoader, create_dataloader
 from utils.dataset import DetectionDataset, Draw, Sample, to_unit
 from utils.errors import run_cli
 from utils.images import read_image
-from utils.mosaic import draw_centre, mosaic_labels, paste_tiles, place_tiles
+from utils.mosaic import canvas_maps, draw_centre, mosaic_labels, paste_tiles, place_tiles
 
 
 class PlainCanvas(DetectionDataset):
@@ -40,7 +40,7 @@ class PlainCanvas(DetectionDataset):
         shapes = [image.shape[:2] for image in images]
         tiles = place_tiles(draw_centre(rng, size), shapes, size)
         canvas = paste_tiles(lambda k: images[k], tiles, size)
-        boxes, _ = mosaic_labels(tiles, shapes, [self.index.rows(i) for i in chosen], [None] * 4, size)
+        boxes, _ = mosaic_labels(canvas_maps(tiles, shapes), [self.index.rows(i) for i in chosen], [None] * 4, size)
         look = draw_perspective(rng, hyp.degrees, hyp.translate, hyp.scale, hyp.shear)
         matrix = look.matrix((2 * size, 2 * size), (size, size))
         image = cv2.warpAffine(canvas, matrix[:2], (size, size), borderValue=(114,) * 3)

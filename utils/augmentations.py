@@ -6,7 +6,9 @@ Images are (H, W, 3) uint8 RGB. Boxes are (n, 4) pixels x1, y1, x2, y2; labels a
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import cv2
@@ -17,6 +19,7 @@ GREY = 114
 
 MIN_AREA = 0.10
 MIN_AREA_POLYGON = 0.01
+_STRIP_PIXELS = 40_000  # 120 kB a strip: three of them fit in a core's cache
 _RESAMPLED = 1000  # points of a polygon that is to be warped
 
 
@@ -232,41 +235,75 @@ def draw_hsv(rng: np.random.Generator, gains: tuple[float, float, float]) -> np.
 
 
 def apply_hsv(image: np.ndarray, factors: np.ndarray) -> np.ndarray:
-    """An RGB (or RGBA) image with hue, saturation and value multiplied, as (H, W, 3) RGB.
+    """:func:`finish` without mirroring."""
+    return finish(image, factors, False, False)
 
-    In OpenCV's 8-bit HSV: hue 0..179 goes round, the others stop at 255; fractions are cut off.
+
+def finish(
+    image: np.ndarray, factors: np.ndarray, up_down: bool, left_right: bool, out: np.ndarray | None = None
+) -> np.ndarray:
+    """An RGB (or RGBA) image mirrored, with hue, saturation and value multiplied, as (H, W, 3) RGB, in ``out``.
+
+    In OpenCV's 8-bit HSV: hue 0..179 goes round, the others stop at 255; fractions are cut off. Done in strips of
+    rows: what one step writes, the next finds in the cache.
     """
-    factors = np.asarray(factors, np.float64)
+    height, width = image.shape[:2]
+    out = np.empty((height, width, 3), np.uint8) if out is None else out
+    recolour = _recolouring(np.asarray(factors, np.float64))
+    mirror = -1 if up_down and left_right else int(left_right) if up_down or left_right else None
+    rows = max(_STRIP_PIXELS // max(width, 1), 1)
+    for first in range(0, height, rows):
+        strip = image[first : first + rows]
+        last = first + len(strip)
+        if mirror is not None:
+            strip = cv2.flip(strip, mirror)
+        recolour(strip, out[height - last : height - first] if up_down else out[first:last])
+    return out
+
+
+def _recolouring(factors: np.ndarray) -> Callable[[np.ndarray, np.ndarray], object]:
+    """What turns a strip into its place in the result."""
     if (factors == 1).all():
-        return image if image.shape[2] == 3 else cv2.cvtColor(image, cv2.COLOR_RGBA2RGB)
-    hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV)
+        return _copy_rgb
     if 0 <= factors[0] * 179 < 256:  # fits in a byte; hues over 180 go round in the way back to RGB
         scale = np.zeros((3, 4), np.float32)
         np.fill_diagonal(scale, factors)
         scale[:, 3] = -0.4999  # the result is rounded: this cuts fractions off
-        hsv = cv2.transform(hsv, scale)
+        change = partial(cv2.transform, m=scale)
     else:
-        hsv = cv2.merge([cv2.LUT(plane, lut) for plane, lut in zip(cv2.split(hsv), hsv_tables(factors))])
-    return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
+        tables = np.stack(hsv_tables(factors), 1)[None]
+        change = partial(cv2.LUT, lut=tables)
+
+    def recolour(strip: np.ndarray, out: np.ndarray) -> None:
+        cv2.cvtColor(change(cv2.cvtColor(strip, cv2.COLOR_RGB2HSV)), cv2.COLOR_HSV2RGB, dst=out)
+
+    return recolour
+
+
+def _copy_rgb(strip: np.ndarray, out: np.ndarray) -> None:
+    if strip.shape[2] == 3:
+        np.copyto(out, strip)
+    else:
+        cv2.cvtColor(strip, cv2.COLOR_RGBA2RGB, dst=out)
 
 
 def hsv_tables(factors: np.ndarray) -> list[np.ndarray]:
-    """The three (256,) uint8 look-up tables that :func:`apply_hsv` amounts to."""
+    """The three (256,) uint8 look-up tables that :func:`finish` amounts to."""
     x = np.arange(256, dtype=np.float64)
     tables = [(x * factors[0]) % 180, np.clip(x * factors[1], 0, 255), np.clip(x * factors[2], 0, 255)]
     return [table.astype(np.uint8) for table in tables]
 
 
-def flip(image: np.ndarray, labels: np.ndarray, up_down: bool, left_right: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Mirror an image and its labels (n, 5) class, cx, cy, w, h in 0..1; returns new arrays where it does."""
+def flip_labels(labels: np.ndarray, up_down: bool, left_right: bool) -> np.ndarray:
+    """Labels (n, 5) class, cx, cy, w, h in 0..1 of the mirrored image; a new array where it is."""
     if not (up_down or left_right):
-        return image, labels
+        return labels
     labels = labels.copy()
     if left_right:
         labels[:, 1] = 1 - labels[:, 1]
     if up_down:
         labels[:, 2] = 1 - labels[:, 2]
-    return cv2.flip(image, -1 if up_down and left_right else int(left_right)), labels
+    return labels
 
 
 def mixup(

@@ -10,21 +10,24 @@ import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import cv2
 import numpy as np
-from torch.utils.data import Dataset
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, get_worker_info
 
 from utils.augmentations import (
     GREY,
     Letterbox,
     Perspective,
-    apply_hsv,
     draw_hsv,
     draw_perspective,
-    flip,
+    finish,
+    flip_labels,
     letterbox,
     mixup,
     warp,
@@ -33,7 +36,7 @@ from utils.augmentations import (
 from utils.config import Hyp
 from utils.errors import DataError
 from utils.image_cache import make_cache
-from utils.images import read_image
+from utils.images import read_at_least, read_image
 from utils.label_cache import scan_labels
 from utils.mosaic import mosaic
 
@@ -64,6 +67,22 @@ class Sample:
     letterbox: Letterbox | None
     draw: Draw
     skipped: tuple[str, ...] = ()
+
+
+class Samples(list[Sample]):
+    """The samples of a batch. ``pixels``: uint8 (B, H, W, 3), the memory that all their images lie in, or None."""
+
+    pixels: Tensor | None = None
+
+
+def shared_bytes(shape: tuple[int, ...]) -> Tensor:
+    """Uninitialised uint8 memory; in a loader process in memory shared with the main one, so that it is not copied
+    again on the way."""
+    if get_worker_info() is None:
+        return torch.empty(shape, dtype=torch.uint8)
+    # as torch's own default_collate does: the public share_memory_() would copy what is not there yet
+    storage = torch.UntypedStorage._new_shared(math.prod(shape))
+    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)
 
 
 class DetectionDataset(Dataset):
@@ -122,8 +141,10 @@ class DetectionDataset(Dataset):
         self.close_mosaic_epoch, self.tolerant = close_mosaic_epoch, tolerant
         self.epoch = 0
         self.resized = resized_shapes(index.sizes, imgsz)
-        variant = "linear" if augment else "area"
-        self.cache = make_cache(cache, index.paths, self.resized, self._read, variant, f"{prefix}: " if prefix else "")
+        # what is to be enlarged is enlarged by the augmentation itself, from the file's own pixels
+        self.loaded = np.minimum(self.resized, index.sizes[:, ::-1]) if augment else self.resized
+        variant = "reduced" if augment else "area"
+        self.cache = make_cache(cache, index.paths, self.loaded, self._read, variant, f"{prefix}: " if prefix else "")
 
     def __len__(self) -> int:
         return len(self.index)
@@ -156,42 +177,59 @@ class DetectionDataset(Dataset):
         self.epoch = epoch
 
     def load_image(self, index: int) -> np.ndarray:
-        """Image ``index`` scaled to a longest side of ``imgsz``: (h, w, 3) uint8 RGB, not to be changed in place."""
+        """Image ``index`` scaled to a longest side of ``imgsz`` (in training only if larger): (h, w, 3) uint8 RGB, not
+        to be changed in place."""
         cached = self.cache.get(index)
         return self._read(index) if cached is None else cached
 
     def _read(self, index: int) -> np.ndarray:
         path = self.path(index)
-        image = read_image(path)
-        w0, h0 = self.shapes[index]
-        if image.shape[:2] != (h0, w0):
-            raise DataError(f"{path}: is {image.shape[1]}x{image.shape[0]} pixels but was {w0}x{h0} at the start")
-        height, width = self.resized[index]
-        if (height, width) == (h0, w0):
+        height, width = map(int, self.loaded[index])
+        if self.augment:
+            image, size = read_at_least(path, width, height)
+        else:
+            image = read_image(path)
+            size = image.shape[1::-1]
+        w0, h0 = map(int, self.shapes[index])
+        if tuple(size) != (w0, h0):
+            raise DataError(f"{path}: is {size[0]}x{size[1]} pixels but was {w0}x{h0} at the start")
+        if image.shape[:2] == (height, width):
             return image
         # area averages when shrinking; in training linear, which is faster and leaves detail to be augmented
         linear = self.augment or self.imgsz > max(h0, w0)
-        return cv2.resize(
-            image, (int(width), int(height)), interpolation=cv2.INTER_LINEAR if linear else cv2.INTER_AREA
-        )
+        return cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR if linear else cv2.INTER_AREA)
 
     def __getitem__(self, item: int | Draw) -> Sample:
+        return self._sample(item)
+
+    def __getitems__(self, items: Sequence[int | Draw]) -> Samples:
+        """The samples of a batch, their images written into one block of memory (asked for by torch's loader)."""
+        if not (items and self.augment):
+            return Samples([self._sample(item) for item in items])
+        height, width = _pair(self._frame(items[0].index if isinstance(items[0], Draw) else int(items[0])))
+        pixels = shared_bytes((len(items), height, width, 3))
+        samples = Samples([self._sample(item, pixels[place].numpy()) for place, item in enumerate(items)])
+        if all(np.shares_memory(s.image, pixels[place].numpy()) for place, s in enumerate(samples)):
+            samples.pixels = pixels
+        return samples
+
+    def _sample(self, item: int | Draw, out: np.ndarray | None = None) -> Sample:
         draw = item if isinstance(item, Draw) else Draw(self.epoch, int(item))
         if not 0 <= draw.index < len(self):
             raise IndexError(draw.index)
-        make = self._training_sample if self.augment else self._evaluation_sample
+        make = partial(self._training_sample, out=out) if self.augment else self._evaluation_sample
         if not self.tolerant:
             return make(draw)
         try:
             return make(draw)
         except DataError as error:
-            return self._replacement(draw, str(error))
+            return self._replacement(draw, str(error), out)
 
-    def _replacement(self, draw: Draw, reason: str) -> Sample:
+    def _replacement(self, draw: Draw, reason: str, out: np.ndarray | None) -> Sample:
         """A sample for one whose image cannot be read any more; the reasons travel with it."""
         if not self.augment:
             frame = self._frame(draw.index)
-            height, width = (frame, frame) if isinstance(frame, int) else frame
+            height, width = _pair(frame)
             grey = np.full((height, width, 3), GREY, np.uint8)
             w0, h0 = map(int, self.shapes[draw.index])
             box = Letterbox((h0, w0), (width / w0, height / h0), (0.0, 0.0))
@@ -199,7 +237,7 @@ class DetectionDataset(Dataset):
         skipped = [reason]
         for step in range(1, min(len(self), MOST_REPLACED)):
             try:
-                sample = self._training_sample(draw._replace(index=(draw.index + step) % len(self)))
+                sample = self._training_sample(draw._replace(index=(draw.index + step) % len(self)), out)
             except DataError as error:
                 skipped.append(str(error))
                 continue
@@ -235,7 +273,7 @@ class DetectionDataset(Dataset):
         labels[:, 3:5] = (centre + half) * np.float32((w, h)) + np.float32(box.pad)
         return labels
 
-    def _training_sample(self, draw: Draw) -> Sample:
+    def _training_sample(self, draw: Draw, out: np.ndarray | None = None) -> Sample:
         rng = np.random.default_rng((self.seed, draw.epoch, draw.index, draw.repeat))
         hyp, box = self.hyp, None
         closed = self.close_mosaic_epoch is not None and draw.epoch >= self.close_mosaic_epoch
@@ -247,17 +285,20 @@ class DetectionDataset(Dataset):
         else:
             image, labels, box = self._warped(draw.index, rng)
         labels = to_unit(labels, image.shape)
-        image = apply_hsv(image, draw_hsv(rng, (hyp.hsv_h, hyp.hsv_s, hyp.hsv_v)))
-        image, labels = flip(image, labels, rng.random() < hyp.flipud, rng.random() < hyp.fliplr)
-        return Sample(np.ascontiguousarray(image), labels, self.path(draw.index), box, draw)
+        factors = draw_hsv(rng, (hyp.hsv_h, hyp.hsv_s, hyp.hsv_v))
+        mirrored = bool(rng.random() < hyp.flipud), bool(rng.random() < hyp.fliplr)
+        if out is not None and out.shape[:2] != image.shape[:2]:
+            out = None
+        image = finish(image, factors, *mirrored, out)
+        return Sample(image, flip_labels(labels, *mirrored), self.path(draw.index), box, draw)
 
     def _mosaic(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         chosen = [index, *map(int, rng.integers(len(self), size=3))]
         chosen = [chosen[k] for k in rng.permutation(4)]
-        shapes = [(int(h), int(w)) for h, w in self.resized[chosen]]
         return mosaic(
             lambda k: self.load_image(chosen[k]),
-            shapes,
+            list(map(tuple, self.resized[chosen].tolist())),
+            list(map(tuple, self.loaded[chosen].tolist())),
             [self.index.rows(i) for i in chosen],
             [self.index.segments(i) for i in chosen],
             self.imgsz,
@@ -282,6 +323,10 @@ class DetectionDataset(Dataset):
         labels = warp_labels(self._pixel_labels(index, box), segments, draw, matrix, frame)
         warped = warp(image, matrix, frame)
         return warped, labels, box if warped is image else None
+
+
+def _pair(side: int | tuple[int, int]) -> tuple[int, int]:
+    return (side, side) if isinstance(side, int) else side
 
 
 def to_unit(labels: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

@@ -32,6 +32,10 @@ MAX_LIST_BYTES = 256_000_000  # some four million paths
 # What Pillow may be asked to read. Never all it knows: PostScript it hands to Ghostscript, a program.
 _PILLOW_FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "DIB", "WEBP", "GIF", "PPM", "JPEG2000")
 
+# what each reduction adds to the flags of OpenCV's decoder; grey there means only that no colour is named
+_REDUCED = {1: 0, 2: cv2.IMREAD_REDUCED_GRAYSCALE_2, 4: cv2.IMREAD_REDUCED_GRAYSCALE_4}
+_REDUCED[8] = cv2.IMREAD_REDUCED_GRAYSCALE_8
+
 _HEADER_BYTES = 1 << 16
 _ORIENTATION_TAG = 0x0112
 _JPEG_START, _JPEG_END, _PNG_START = b"\xff\xd8", b"\xff\xd9", b"\x89PNG\r\n\x1a\n"
@@ -70,8 +74,23 @@ def read_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     return decode_image(_read_bytes(path), str(path), max_pixels)
 
 
-def decode_image(data: bytes, name: str, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """:func:`read_image` of bytes already in memory; ``name`` is what messages call them."""
+def read_at_least(path: str | Path, width: int, height: int) -> tuple[np.ndarray, tuple[int, int]]:
+    """:func:`read_image`, but a JPEG of twice, four or eight times this size or more is read at a half, a quarter or an
+    eighth, which the decoder gives for less than the whole. Returns the picture and the file's own (width, height).
+
+    The decoder averages blocks of pixels in the process: the picture has less aliasing than one scaled by sampling.
+    """
+    data = _read_bytes(path)
+    size = parse_header(data, str(path)).size
+    reduction = 1
+    if data.startswith(_JPEG_START):  # for other kinds OpenCV would decode the whole and resize it
+        reduction = next(r for r in (8, 4, 2, 1) if r == 1 or (size[0] >= r * width and size[1] >= r * height))
+    return decode_image(data, str(path), reduction=reduction), size
+
+
+def decode_image(data: bytes, name: str, max_pixels: int = MAX_PIXELS, reduction: int = 1) -> np.ndarray:
+    """:func:`read_image` of bytes already in memory; ``name`` is what messages call them. ``reduction`` 1, 2, 4 or 8:
+    sides divided by it, rounded up."""
     header = parse_header(data, name)
     _check_pixels(header, name, max_pixels)
     if not _is_complete(data):
@@ -79,13 +98,15 @@ def decode_image(data: bytes, name: str, max_pixels: int = MAX_PIXELS) -> np.nda
     buffer = np.frombuffer(data, np.uint8)
     by_pillow = header.orientation != 1 and not data.startswith((_JPEG_START, _PNG_START))
     direct = getattr(cv2, "IMREAD_COLOR_RGB", None)  # OpenCV 4.11 and later
-    flags = (direct or cv2.IMREAD_COLOR) | cv2.IMREAD_IGNORE_ORIENTATION
+    flags = (direct or cv2.IMREAD_COLOR) | cv2.IMREAD_IGNORE_ORIENTATION | _REDUCED[reduction]
     try:
         image = None if by_pillow else cv2.imdecode(buffer, flags)
     except cv2.error:  # sides beyond OpenCV's own limit
         image = None
     if image is None:
-        return _decode_with_pillow(data, name, max_pixels)
+        image = _decode_with_pillow(data, name, max_pixels)
+        height, width = (-(-side // reduction) for side in image.shape[:2])
+        return image if reduction == 1 else cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
     if not direct:
         image = cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
     return _turn(image, header.orientation)

@@ -15,7 +15,8 @@ from utils.augmentations import (
     copy_paste,
     draw_hsv,
     draw_perspective,
-    flip,
+    finish,
+    flip_labels,
     hsv_tables,
     keep_boxes,
     letterbox,
@@ -157,11 +158,25 @@ def test_flips_move_labels_with_pixels(up: bool, left: bool) -> None:
     image = np.zeros((20, 40, 3), np.uint8)
     image[2:6, 4:14] = 255
     labels = np.float32([[3, 9 / 40, 4 / 20, 10 / 40, 4 / 20]])
-    out, (row,) = flip(image, labels, up, left)
+    out, (row,) = finish(image, np.ones(3), up, left), flip_labels(labels, up, left)
     ys, xs = np.nonzero(out[..., 0])
     corners = [(row[1] - row[3] / 2) * 40, (row[2] - row[4] / 2) * 20, (row[1] + row[3] / 2) * 40]
     np.testing.assert_allclose([xs.min(), ys.min(), xs.max() + 1], corners, atol=1e-4)
     assert labels[0, 1] == np.float32(9 / 40)
+
+
+@pytest.mark.parametrize("factors", [(1.0, 1.0, 1.0), (1.01, 0.6, 1.3), (1.6, 1.2, 0.8)])
+@pytest.mark.parametrize("channels", [3, 4])
+def test_strips_make_the_whole_image_in_place(factors: tuple, channels: int) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (150, 900, channels), np.uint8)  # four strips
+    whole = np.concatenate([apply_hsv(image[row : row + 1], np.array(factors)) for row in range(150)])
+    for mirrored, code in {(False, False): None, (True, False): 0, (False, True): 1, (True, True): -1}.items():
+        out = np.zeros((150, 900, 3), np.uint8)
+        assert finish(image, np.array(factors), *mirrored, out) is out
+        expected = whole if code is None else cv2.flip(whole, code)
+        # OpenCV's vector and scalar code round a few pixels differently
+        assert np.abs(out.astype(int) - expected).max() <= (0 if factors == (1.0, 1.0, 1.0) else 2)
+        assert (out != expected).mean() < 0.01
 
 
 def test_draws_stay_within_their_gains() -> None:

@@ -82,6 +82,30 @@ def test_training_samples_depend_on_seed_epoch_and_index_only(make_set: Callable
     assert first.labels.dtype == np.float32 and ((first.labels[:, 1:] >= 0) & (first.labels[:, 1:] <= 1)).all()
 
 
+@pytest.mark.parametrize("mosaic", [0.0, 1.0])
+def test_a_batch_is_its_samples_in_one_block(make_set: Callable, mosaic: float) -> None:
+    images = make_set({name: ROWS for name in "abcd"})
+    data = DetectionDataset(images, 64, augment=True, nc=2, hyp=Hyp(mosaic=mosaic), show=False, tolerant=True)
+    (images / "b.png").unlink()
+    draws = [Draw(1, i) for i in range(4)]
+    samples = data.__getitems__(draws)
+    assert samples.pixels.shape == (4, 64, 64, 3)
+    for draw, sample, pixels in zip(draws, samples, samples.pixels.numpy()):
+        alone = data[draw]
+        np.testing.assert_array_equal(sample.image, alone.image)
+        np.testing.assert_array_equal(pixels, alone.image)
+        np.testing.assert_array_equal(sample.labels, alone.labels)
+        assert sample.skipped == alone.skipped
+
+
+def test_images_are_enlarged_by_the_augmentation_alone(make_set: Callable) -> None:
+    """A small file is not enlarged before it is augmented, a large one is reduced; validation sees neither."""
+    images = make_set({"a": ROWS}, size=(40, 60))
+    assert DetectionDataset(images, 120, augment=True, nc=2, show=False).load_image(0).shape == (40, 60, 3)
+    assert DetectionDataset(images, 30, augment=True, nc=2, show=False).load_image(0).shape == (20, 30, 3)
+    assert DetectionDataset(images, 120, nc=2, show=False).load_image(0).shape == (80, 120, 3)
+
+
 def test_mosaic_closes_from_the_given_epoch(make_set: Callable) -> None:
     data = DetectionDataset(make_set({n: ROWS for n in "ab"}), 64, augment=True, nc=2, close_mosaic_epoch=3, show=False)
     still = Hyp(translate=0, scale=0, hsv_h=0, hsv_s=0, hsv_v=0, fliplr=0)

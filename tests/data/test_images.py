@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from utils.errors import DataError
-from utils.images import check_image, image_size, is_image, is_video, list_images, read_image
+from utils.images import check_image, image_size, is_image, is_video, list_images, read_at_least, read_image
 
 RGB = np.zeros((32, 64, 3), np.uint8)  # quarters that JPEG blocks of 16 do not straddle
 RGB[:16, :32], RGB[:16, 32:], RGB[16:, :32], RGB[16:, 32:] = (200, 30, 60), (20, 180, 90), (240, 240, 10), (5, 5, 5)
@@ -180,3 +180,30 @@ def test_a_list_may_hold_comments(tmp_path: Path) -> None:
     save(tmp_path / "#1.png", Image.fromarray(RGB))
     (tmp_path / "list.txt").write_text("# pictures\n./#1.png\n#1.png\n")
     assert list_images(tmp_path / "list.txt") == [str(tmp_path / "#1.png")]
+
+
+@pytest.mark.parametrize(
+    ("least", "shape"), [((400, 240), (240, 400)), ((201, 10), (240, 400)), ((200, 120), (120, 200))]
+)
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_a_jpeg_is_read_reduced_but_never_smaller_than_needed(
+    tmp_path: Path, least: tuple, shape: tuple, mode: str
+) -> None:
+    ramp = np.linspace(0, 255, 400, dtype=np.uint8)[None, :, None].repeat(240, 0).repeat(3, 2)
+    path = save(tmp_path / "a.jpg", Image.fromarray(ramp).convert(mode), quality=95)
+    image, size = read_at_least(path, *least)
+    assert size == (400, 240) and image.shape == (*shape, 3)
+    wanted = cv2.resize(read_image(path), shape[::-1], interpolation=cv2.INTER_AREA).astype(int)
+    assert np.abs(image - wanted).max() <= 3
+    assert read_at_least(path, 50, 30)[0].shape == (30, 50, 3) and read_at_least(path, 1, 1)[0].shape == (30, 50, 3)
+    lossless = save(tmp_path / "a.png", Image.fromarray(ramp))
+    assert read_at_least(lossless, 50, 30)[0].shape == (240, 400, 3)
+
+
+def test_a_turned_jpeg_is_reduced_by_its_shown_size(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = save(tmp_path / "a.jpg", Image.fromarray(np.zeros((101, 403, 3), np.uint8)), exif=exif)
+    image, size = read_at_least(path, 40, 200)
+    assert size == (101, 403) and image.shape == (202, 51, 3)
+    assert read_at_least(path, 52, 200)[0].shape == (403, 101, 3)

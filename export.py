@@ -43,8 +43,9 @@ def build_parser() -> Parser:
 
     form = parser.add_argument_group("form")
     form.add_argument("--opset", type=int, metavar="N", help="of ONNX (default: 19 with DeformConv, else 18)")
-    dcn = "DCN layers as one operator, or from GridSample where a runtime lacks it (default: gridsample in aoti, else "
-    form.add_argument("--dcn", choices=["deformconv", "gridsample"], default="", help=f"{dcn}deformconv)")
+    dcn = "DCN layers as one operator, from GridSample where a runtime lacks it, or by the kernel of training, in aoti "
+    dcn += "on a GPU (default: deformconv; in aoti gridsample or fused)"
+    form.add_argument("--dcn", choices=["deformconv", "gridsample", "fused"], default="", help=dcn)
     form.add_argument("--nms", action="store_true", help="suppression inside the file (ONNX): rows of detections")
     form.add_argument("--conf-thres", type=float, default=0.25, metavar="P", help="of --nms (default: %(default)s)")
     form.add_argument("--iou-thres", type=float, default=0.45, metavar="IOU", help="of --nms (default: %(default)s)")

@@ -2,12 +2,15 @@
 
 ``deformconv``: torchvision::deform_conv2d, which becomes ONNX DeformConv, OpenVINO's and ncnn's own layer.
 ``gridsample``: the same arithmetic from grid_sample and a 1x1 convolution, for runtimes without such an operator.
+A third, ``fused``, is training's own kernel (deploy/fused_dcn.py), for AOTInductor on a GPU.
 
-Both sample in float32 whatever the model's dtype: a coordinate in half precision is wrong by up to an eighth of a pixel
+All sample in float32 whatever the model's dtype: a coordinate in half precision is wrong by up to an eighth of a pixel
 on a 320-pixel map, which costs 1 to 3 % of the layer's output (docs/deployment.md).
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -91,16 +94,25 @@ class GridSampling(nn.Module):
 
 
 def use_dcn_form(model: nn.Module, form: str) -> int:
-    """Replace every DCN in ``model``, in place, by its ``form``, one of DCN_FORMS; weights are shared, not copied.
-    Returns how many there were."""
-    sampling = {"deformconv": deform_conv, "gridsample": GridSampling}[form]
+    """Replace every DCN in ``model``, in place, by its ``form``, one of DCN_FORMS or ``fused``; weights are shared, not
+    copied, but for ``fused``. Returns how many there were."""
+    make = _maker(form)
     found = 0
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, DCN):
-                setattr(parent, name, ExportDCN(child, sampling(child)))
+                setattr(parent, name, make(child))
                 found += 1
     return found
+
+
+def _maker(form: str) -> Callable[[DCN], nn.Module]:
+    if form == "fused":
+        from deploy.fused_dcn import FusedDCN  # here: it needs Triton
+
+        return FusedDCN
+    sampling = {"deformconv": deform_conv, "gridsample": GridSampling}[form]
+    return lambda layer: ExportDCN(layer, sampling(layer))
 
 
 def _pair(value: int | tuple[int, int]) -> tuple[int, int]:

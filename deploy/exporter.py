@@ -28,6 +28,7 @@ from deploy.wrap import ExportModel, has_dcn
 from models.ensemble import Ensemble
 from models.head import side_multiple
 from models.loading import load_model
+from models.ops.deform_conv import obstacle_to
 from models.surgery import fuse
 from models.yolo import DetectionModel
 from utils.console import LOGGER
@@ -86,7 +87,8 @@ def prepare(
     multiple = side_multiple(plain.stride)
     if any(side % multiple for side in options.imgsz):
         raise ConfigError(f"--imgsz {options.imgsz[0]} {options.imgsz[1]}: not multiples of the stride {multiple}")
-    check_opset(options.opset, form_of(plain, options.dcn, "onnx"))
+    if options.dcn != "fused":  # which no ONNX file can hold
+        check_opset(options.opset, form_of(plain, options.dcn, "onnx"))
     return Job(Path(weights), options, plain, image)
 
 
@@ -135,7 +137,9 @@ def _write(job: Job, kind: Format, path: Path) -> str:
         return ""
     if kind.name == "engine":
         return _write_engine(job, path)
-    model = ExportModel(job.model, meta.dcn, meta.half and kind.name not in WIDE).to(job.options.device)
+    on_gpu = kind.name == "aoti" and job.options.device.type == "cuda"
+    layout = torch.channels_last if on_gpu else torch.contiguous_format  # as the convolutions there want their weights
+    model = ExportModel(job.model, meta.dcn, meta.half and kind.name not in WIDE, layout).to(job.options.device)
     dtype = torch.float16 if meta.half and kind.name not in WIDE else torch.float32
     # two images for a free batch: a dimension of one would be taken for a constant
     count = 2 if meta.dynamic and kind.name != "ncnn" else meta.batch
@@ -158,8 +162,8 @@ def _write_engine(job: Job, path: Path) -> str:
     from deploy.tensorrt.trt_backend import EngineOptions
 
     options = job.options
-    if options.dynamic or options.dcn == "deformconv":
-        flag = "--dynamic" if options.dynamic else "--dcn deformconv"
+    if options.dynamic or options.dcn not in ("", "gridsample"):
+        flag = "--dynamic" if options.dynamic else f"--dcn {options.dcn}"
         raise ConfigError(
             f"{flag}: not for an engine: it takes one size, 1 to --batch-size images, DCN layers as GridSample"
         )
@@ -173,19 +177,23 @@ def _write_engine(job: Job, path: Path) -> str:
 def metadata(job: Job, name: str) -> Metadata:
     """What the file of a format will say of itself."""
     options = job.options
-    form = form_of(job.plain, options.dcn, name)
+    form = form_of(job.plain, options.dcn, name, options.device)
     meta = describe(job.plain, options.imgsz, batch=options.batch, dynamic=options.dynamic, half=options.half, dcn=form)
     return replace(meta, nms=options.max_det) if name == "onnx" and options.nms else meta
 
 
-def form_of(model: DetectionModel, asked: str, name: str) -> str:
+def form_of(model: DetectionModel, asked: str, name: str, device: torch.device = torch.device("cpu")) -> str:
     """The form of DCN layers in a format: the one asked for, else its own; empty for a model without any, and in .wts.
 
-    AOTInductor compiles grid_sample, but calls deform_conv2d, for which C++ would need torchvision's library.
+    AOTInductor compiles grid_sample, or on a GPU the kernel of training, but calls deform_conv2d, for which C++ would
+    need torchvision's library. Raises ConfigError for ``fused`` where it cannot be.
     """
     if name == "wts" or not has_dcn(model):
         return ""
-    return asked or ("gridsample" if name == "aoti" else "deformconv")
+    obstacle = obstacle_to("triton", device, torch.float32, explicit=False) if name == "aoti" else "it is for aoti only"
+    if asked == "fused" and obstacle:
+        raise ConfigError(f"--dcn fused: not in {name} here: {obstacle}")
+    return asked or ("deformconv" if name != "aoti" else "gridsample" if obstacle else "fused")
 
 
 def _writer(job: Job, name: str) -> Callable[[ExportModel, Tensor, Path, Metadata], None]:

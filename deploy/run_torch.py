@@ -13,7 +13,7 @@ from torch import Tensor
 from deploy.contract import Runtime
 from deploy.metadata import parse
 from deploy.to_torch import ENTRIES
-from utils.errors import ExportError
+from utils.errors import ConfigError, ExportError
 
 
 class TorchScriptRuntime(Runtime):
@@ -40,7 +40,8 @@ class AotiRuntime(Runtime):
 
     def __init__(self, path: Path, device: torch.device) -> None:
         try:
-            package = torch._inductor.aoti_load_package(str(path))
+            _check_device(path, device)
+            package = torch._inductor.aoti_load_package(str(path), device_index=_index(device))
         except (RuntimeError, ValueError, OSError, KeyError) as error:
             raise ExportError(f"{path}: not a package of export.py ({str(error).splitlines()[0][:200]})") from error
         super().__init__(parse(package.get_metadata(), str(path)), path)
@@ -48,6 +49,24 @@ class AotiRuntime(Runtime):
 
     def run(self, images: Tensor) -> Tensor:
         return self._package(images.to(self._device).contiguous())
+
+
+def _check_device(path: Path, device: torch.device) -> None:
+    """Raise ConfigError or ExportError for a package that was compiled for something else; it would end the process."""
+    told = torch._C._aoti.AOTIModelPackageLoader.load_metadata_from_package(str(path), "model")
+    kind = told.get("AOTI_DEVICE_KEY", "cpu")
+    if kind != device.type:
+        raise ConfigError(f"{path}: compiled for {kind}, and --device is {device.type}; export it again with --device")
+    if kind != "cuda":
+        return
+    torch.zeros(1, device=device)  # starts CUDA, which a package takes for granted
+    made, here = told.get("AOTI_COMPUTE_CAPABILITY", ""), "{}{}".format(*torch.cuda.get_device_capability(device))
+    if made.isdigit() and made != here:
+        raise ExportError(f"{path}: compiled for compute capability {made}, this GPU has {here}; export it again here")
+
+
+def _index(device: torch.device) -> int:
+    return -1 if device.index is None else device.index
 
 
 def _entries(text: str | bytes) -> dict:

@@ -27,7 +27,7 @@ def export_torchscript(model: ExportModel, example: Tensor, path: Path, meta: Me
 
 def export_aoti(model: ExportModel, example: Tensor, path: Path, meta: Metadata) -> None:
     """Compile the model for the device of ``example`` and write the package. Raises ExportError without a compiler."""
-    if example.device.type == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+    if not any(map(shutil.which, ("c++", "g++", "clang++"))):
         raise ExportError("--include aoti: compiles C++; install g++ (Debian: apt install g++)")
     shapes = {"images": dynamic_axes(meta.stride)} if meta.dynamic else None
     settings = {"aot_inductor.metadata": meta.entries()}

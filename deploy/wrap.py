@@ -22,11 +22,17 @@ class ExportModel(nn.Module):
     """images (B, 3, H, W) in 0..1, float32 or float16 -> decoded predictions (B, N, 5 + nc) float32, see
     :meth:`models.head.Detect.decode`."""
 
-    def __init__(self, model: DetectionModel, form: str, half: bool = False) -> None:
+    def __init__(
+        self,
+        model: DetectionModel,
+        form: str,
+        half: bool = False,
+        layout: torch.memory_format = torch.contiguous_format,
+    ) -> None:
         """A copy of ``model`` (fused, eval mode). ``form`` of DCN layers, empty where it has none; ``half``: weights in
-        float16."""
+        float16; ``layout`` of the weights."""
         super().__init__()
-        self.model = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
+        self.model = copy.deepcopy(model).to(memory_format=layout)
         _replace(self.model, MemoryEfficientMish, Mish())  # a backward pass of its own, which converters cannot hold
         if form:
             use_dcn_form(self.model, form)

@@ -18,8 +18,6 @@ ROOT = Path(__file__).resolve().parents[1]
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
     _signals_of_a_terminal()
-    if not torch.cuda.is_available():
-        _interpret_triton()
 
 
 def _signals_of_a_terminal() -> None:
@@ -43,6 +41,12 @@ def _interpret_triton() -> None:
         importlib.import_module("models.ops.dcn_kernels")
     finally:
         del os.environ["TRITON_INTERPRET"]
+
+
+if not torch.cuda.is_available():
+    # here and not in pytest_configure: before that, pytest imports the conftest.py of a folder that it was given, and
+    # that of tests/deploy imports Triton
+    _interpret_triton()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

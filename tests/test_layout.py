@@ -36,6 +36,7 @@ utils.dataloaders models.ensemble
 models.loading models.tta
 models.api models.convert
 models
+deploy.fused_dcn
 deploy.formats deploy.dcn_forms deploy.metadata deploy.checking deploy.tensorrt.backend deploy.tensorrt.sizes
 deploy.contract deploy.wrap deploy.to_wts deploy.tensorrt.network deploy.tensorrt.onnx_backend \
     deploy.tensorrt.trt_backend deploy.tensorrt.engine_file
@@ -44,7 +45,7 @@ deploy.run_onnx deploy.run_torch deploy.run_openvino deploy.run_ncnn \
     deploy.tensorrt.run_engine
 deploy.runtime deploy.tensorrt.build
 deploy.exporter
-engine.window engine.feature_maps engine.resume engine.diagnosis engine.evaluator engine.writers
+engine.window engine.feature_maps engine.resume engine.diagnosis engine.graphs engine.evaluator engine.writers
 engine.epoch
 engine.state engine.parts engine.eval_outputs engine.predictor
 engine.run

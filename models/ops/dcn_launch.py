@@ -29,21 +29,30 @@ def forward(
 ) -> Tensor:
     """Output (B, N, H', W') in the dtype of x, channels last, through SiLU if ``silu``. x, raw (B, P, H', W') and
     weight (N, C/G, kh, kw) on one device, x and weight of one dtype."""
-    batch, height, width, rows, columns = x.shape[0], *x.shape[2:], *raw.shape[2:]
-    out = empty_map(x, (batch, geometry.outputs, rows, columns))
+    out = empty_map(x, (x.shape[0], geometry.outputs, *raw.shape[2:]))
     if out.numel() == 0:
         return out
-    x, raw = channels_last(x), channels_last(raw)
+    launch_forward(kernels.forward, x, raw, pack(weight, geometry), bias, out, geometry, silu, tiles)
+    return out
+
+
+def pack(weight: Tensor, geometry: Geometry) -> Tensor:
+    """weight (N, C/G, kh, kw) as :func:`launch_forward` reads it, (G, K, C/G, N/G)."""
     g = geometry.groups
-    packed = weight.reshape(g, geometry.outputs // g, -1, geometry.taps).permute(0, 3, 2, 1).contiguous()
+    return weight.reshape(g, geometry.outputs // g, -1, geometry.taps).permute(0, 3, 2, 1).contiguous()
+
+
+def launch_forward(kernel, x, raw, packed, bias, out, geometry: Geometry, silu: bool = False, tiles=None) -> None:
+    """Fill ``out``. ``kernel``: ``dcn_kernels.forward``, or what stands for it while torch.export looks."""
+    x, raw = channels_last(x), channels_last(raw)
     tiles = tiles or forward_tiles(geometry, x.dtype, shared_memory(x.device))
-    patches = patch_count(batch, rows, columns, tiles)
-    blocks = triton.cdiv(geometry.outputs // g, tiles["BN0"] + tiles["BN1"])
-    kernels.forward[(patches * blocks, g)](
+    height, width, rows, columns = *x.shape[2:], *raw.shape[2:]
+    patches = patch_count(x.shape[0], rows, columns, tiles)
+    blocks = triton.cdiv(geometry.outputs // geometry.groups, tiles["BN0"] + tiles["BN1"])
+    kernel[(patches * blocks, geometry.groups)](
         x, raw, packed, bias if bias is not None else packed, out, height, width, rows, columns,
         **constants(geometry), HAS_BIAS=bias is not None, SILU=silu, PRECISION=dot_precision(x.dtype), **tiles,
     )  # fmt: skip
-    return out
 
 
 def backward(

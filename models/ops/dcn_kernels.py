@@ -42,14 +42,20 @@ def _place(
     SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
     KW: tl.constexpr, K: tl.constexpr, OG: tl.constexpr, LOGITS: tl.constexpr,
 ):  # fmt: skip
-    """Where tap ``tap`` of offset group ``group`` samples: the upper left corner (y0, x0), the fractions (ly, lx),
-    whether each of the rows and columns around it exists, and the mask."""
+    """:func:`_locate` for offsets and masks that lie together, at element ``at`` of raw."""
     t = group * K + tap
     dy = tl.load(raw + at + 2 * t, live, 0.0).to(tl.float32)
     dx = tl.load(raw + at + 2 * t + 1, live, 0.0).to(tl.float32)
     mask = tl.load(raw + at + 2 * K * OG + t, live, 0.0).to(tl.float32)
     if LOGITS:
         mask = tl.sigmoid(mask)
+    return _locate(dy, dx, mask, live, row, column, tap, H, W, SH, SW, PH, PW, DH, DW, KW)
+
+
+@triton.jit
+def _locate(dy, dx, mask, live, row, column, tap, H, W, SH, SW, PH, PW, DH, DW, KW):
+    """Where tap ``tap`` samples: the upper left corner (y0, x0), the fractions (ly, lx), whether each of the rows and
+    columns around it exists, and the mask."""
     y = (row * SH - PH + (tap // KW) * DH).to(tl.float32) + dy
     x = (column * SW - PW + (tap % KW) * DW).to(tl.float32) + dx
     mask = tl.where((y == y) & (x == x), mask, float("nan"))

@@ -9,11 +9,15 @@ from pathlib import Path
 import torch
 import torchvision  # noqa: F401 - registers deform_conv2d, which traces with DCN layers call
 from torch import Tensor
+from torch._C._aoti import AOTIModelPackageLoader
 
 from deploy.contract import Runtime
 from deploy.metadata import parse
 from deploy.to_torch import ENTRIES
 from utils.errors import ConfigError, ExportError
+
+MODEL = "model"
+"""What a package calls the one model that is in it."""
 
 
 class TorchScriptRuntime(Runtime):
@@ -41,19 +45,22 @@ class AotiRuntime(Runtime):
     def __init__(self, path: Path, device: torch.device) -> None:
         try:
             _check_device(path, device)
-            package = torch._inductor.aoti_load_package(str(path), device_index=_index(device))
+            # not by aoti_load_package: it compiles test programs first, to say what this processor knows (20 seconds)
+            index = -1 if device.index is None else device.index
+            package = AOTIModelPackageLoader(str(path), MODEL, False, 1, index)
         except (RuntimeError, ValueError, OSError, KeyError) as error:
             raise ExportError(f"{path}: not a package of export.py ({str(error).splitlines()[0][:200]})") from error
         super().__init__(parse(package.get_metadata(), str(path)), path)
         self._package, self._device = package, device
 
     def run(self, images: Tensor) -> Tensor:
-        return self._package(images.to(self._device).contiguous())
+        (output,) = self._package.run([images.to(self._device).contiguous()])
+        return output
 
 
 def _check_device(path: Path, device: torch.device) -> None:
     """Raise ConfigError or ExportError for a package that was compiled for something else; it would end the process."""
-    told = torch._C._aoti.AOTIModelPackageLoader.load_metadata_from_package(str(path), "model")
+    told = AOTIModelPackageLoader.load_metadata_from_package(str(path), MODEL)
     kind = told.get("AOTI_DEVICE_KEY", "cpu")
     if kind != device.type:
         raise ConfigError(f"{path}: compiled for {kind}, and --device is {device.type}; export it again with --device")
@@ -63,10 +70,6 @@ def _check_device(path: Path, device: torch.device) -> None:
     made, here = told.get("AOTI_COMPUTE_CAPABILITY", ""), "{}{}".format(*torch.cuda.get_device_capability(device))
     if made.isdigit() and made != here:
         raise ExportError(f"{path}: compiled for compute capability {made}, this GPU has {here}; export it again here")
-
-
-def _index(device: torch.device) -> int:
-    return -1 if device.index is None else device.index
 
 
 def _entries(text: str | bytes) -> dict:

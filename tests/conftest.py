@@ -29,7 +29,8 @@ def _signals_of_a_terminal() -> None:
 
 
 def _interpret_triton() -> None:
-    """Have this process's Triton kernels run in Triton's interpreter (tests/models/test_fused_dcn.py).
+    """Have this process's Triton kernels run in Triton's interpreter (tests/models/test_fused_dcn.py, and the plugin's,
+    tests/deploy/test_plugin.py).
 
     Triton reads the switch when it and the kernels are imported; it is taken back at once, because with it the program
     under test accepts ``--dcn-backend triton`` on the CPU.
@@ -39,6 +40,7 @@ def _interpret_triton() -> None:
     os.environ["TRITON_INTERPRET"] = "1"
     try:
         importlib.import_module("models.ops.dcn_kernels")
+        importlib.import_module("deploy.tensorrt.plugin.kernels")
     finally:
         del os.environ["TRITON_INTERPRET"]
 

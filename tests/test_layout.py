@@ -37,12 +37,14 @@ models.loading models.tta
 models.api models.convert
 models
 deploy.fused_dcn
-deploy.formats deploy.dcn_forms deploy.metadata deploy.checking deploy.tensorrt.backend deploy.tensorrt.sizes
+deploy.formats deploy.dcn_forms deploy.metadata deploy.checking deploy.tensorrt.backend deploy.tensorrt.sizes \
+    deploy.tensorrt.plugin.kernels
 deploy.contract deploy.wrap deploy.to_wts deploy.tensorrt.network deploy.tensorrt.onnx_backend \
-    deploy.tensorrt.trt_backend deploy.tensorrt.engine_file
-deploy.to_onnx deploy.to_torch deploy.to_openvino deploy.to_ncnn
+    deploy.tensorrt.trt_backend deploy.tensorrt.engine_file deploy.tensorrt.plugin.compile
+deploy.to_onnx deploy.to_torch deploy.to_openvino deploy.to_ncnn deploy.tensorrt.plugin_backend \
+    deploy.tensorrt.plugin.build
 deploy.run_onnx deploy.run_torch deploy.run_openvino deploy.run_ncnn \
-    deploy.tensorrt.run_engine
+    deploy.tensorrt.run_engine deploy.tensorrt.plugin.harness
 deploy.runtime deploy.tensorrt.build
 deploy.exporter
 engine.window engine.feature_maps engine.resume engine.diagnosis engine.graphs engine.evaluator engine.writers
@@ -51,7 +53,7 @@ engine.state engine.parts engine.eval_outputs engine.predictor
 engine.run
 engine.trainer
 train val detect export gen_wts
-deploy.tensorrt.__main__
+deploy.tensorrt.__main__ deploy.tensorrt.plugin.__main__
 """.replace("\\\n", "")
     .strip()
     .splitlines()
@@ -94,7 +96,7 @@ def imports_of(path: Path) -> set[str]:
     return {name for name in found if name.split(".")[0] in (*PACKAGES, *SCRIPTS)}
 
 
-EMPTY = {"utils", "engine", "models.ops", "deploy", "deploy.tensorrt"}
+EMPTY = {"utils", "engine", "models.ops", "deploy", "deploy.tensorrt", "deploy.tensorrt.plugin"}
 
 
 @pytest.mark.parametrize("module", sorted(set(MODULES) - EMPTY))

@@ -4,6 +4,7 @@
     python -m deploy.tensorrt -s model.wts model.engine c_dcn 0.33 0.5    # depth and width of your own
     python -m deploy.tensorrt -s model.wts model.engine                   # a .wts of gen_wts.py says what it is
     python -m deploy.tensorrt -s model.wts model.onnx s_dcn               # the same network, to run anywhere
+    python -m deploy.tensorrt -s model.wts model.engine s_dcn --plugin libdcnv2.so   # of deploy.tensorrt.plugin
     python -m deploy.tensorrt -d model.engine folder                      # then as detect.py, with its flags
 
 Exit status: 0 done, 2 wrong input; -d as detect.py.
@@ -38,8 +39,10 @@ def build_parser() -> Parser:
     built.add_argument("--arch", type=int, nargs="+", default=[], metavar="N", help=arch)
     module = "(default: the first that is installed)"
     built.add_argument("--builder", choices=["tensorrt", "tensorrt_rtx"], default="", help=module)
+    library = "library of our plugin, which computes DCN layers in an engine (default: GridSample)"
+    built.add_argument("--plugin", default="", metavar="SO", help=library)
     form = "of DCN layers in an .onnx (default: gridsample, as in the engine)"
-    built.add_argument("--dcn", choices=["deformconv", "gridsample"], default="gridsample", help=form)
+    built.add_argument("--dcn", choices=["deformconv", "gridsample", "plugin"], default="gridsample", help=form)
     image = "picture to compare on (default: one of data/images)"
     built.add_argument("--image", default=str(ROOT / "data" / "images" / "jockey.jpg"), metavar="FILE", help=image)
     parser.add_argument("--debug", action="store_true", help="show a traceback instead of a one-line error")
@@ -72,7 +75,9 @@ def main(argv: Sequence[str]) -> int:
     setup_console()
     engine = EngineOptions(args.batch_size, most, tuple(dict.fromkeys(args.arch)))
     size = (args.imgsz[0], args.imgsz[-1])
-    build(weights, target, words, BuildOptions(size, args.half, args.builder, engine, args.dcn, read_image(args.image)))
+    image = read_image(args.image)
+    options = BuildOptions(size, args.half, args.builder, engine, args.dcn, args.plugin, image)
+    build(weights, target, words, options)
     return 0
 
 

@@ -17,6 +17,7 @@ from deploy.metadata import Metadata, describe
 from deploy.tensorrt.engine_file import Maker, pack_engine
 from deploy.tensorrt.network import describe_network
 from deploy.tensorrt.onnx_backend import OnnxNetwork
+from deploy.tensorrt.plugin_backend import PluginNetwork
 from deploy.tensorrt.sizes import check_fit, layers_of
 from deploy.tensorrt.trt_backend import EngineOptions, TensorRtNetwork, load_tensorrt
 from deploy.wrap import has_dcn
@@ -32,13 +33,15 @@ from utils.files import atomic_open
 @dataclass(frozen=True)
 class BuildOptions:
     """``imgsz`` (height, width), the only size taken; ``half``: compute in float16; ``module``: of TensorRT, empty for
-    the one that is there; ``dcn``: form of DCN layers in ONNX; ``image`` uint8 (H, W, 3) RGB to compare on."""
+    the one that is there; ``dcn``: form of DCN layers in ONNX; ``plugin``: library that computes them in an engine,
+    empty to put them together from GridSample; ``image`` uint8 (H, W, 3) RGB to compare on."""
 
     imgsz: tuple[int, int] = (640, 640)
     half: bool = False
     module: str = ""
     engine: EngineOptions = field(default_factory=EngineOptions)
     dcn: str = "gridsample"
+    plugin: str = ""
     image: np.ndarray | None = None
 
 
@@ -67,9 +70,15 @@ def build(weights: str | Path, target: str | Path, words: Sequence[str], options
     target, start = Path(target), time.perf_counter()
     if target.suffix not in (".engine", ".onnx"):
         raise ConfigError(f"-s: {target}: expected a name that ends in .engine, or .onnx")
-    if target.suffix == ".engine" and options.dcn == "deformconv":
-        raise ConfigError("--dcn deformconv: for an .onnx; in an engine DCN layers are put together from GridSample")
+    if target.suffix == ".engine" and options.dcn != "gridsample":
+        raise ConfigError(
+            f"--dcn {options.dcn}: for an .onnx; an engine's DCN layers are GridSample, or --plugin LIBRARY"
+        )
+    if target.suffix == ".onnx" and options.plugin:
+        raise ConfigError(f"--plugin {options.plugin}: for an .engine; an .onnx for the plugin takes --dcn plugin")
     model = load_sized(weights, words)
+    if (options.plugin or options.dcn == "plugin") and not has_dcn(model):
+        raise ConfigError(f"--plugin: {weights} has no DCN layers")
     multiple = side_multiple(model.stride)
     if any(side < 1 or side % multiple for side in options.imgsz):
         raise ConfigError(f"--imgsz {options.imgsz[0]} {options.imgsz[1]}: not multiples of the stride {multiple}")
@@ -91,6 +100,8 @@ def _onnx(model: DetectionModel, options: BuildOptions) -> tuple[bytes, str]:
     describe_network(model, net, options.imgsz, options.half)
     # the input is float32 and is cast inside, so to who runs it the file is not half
     content = net.finish(replace(meta, half=False).entries())
+    if options.dcn == "plugin":
+        return content, "not run: only TensorRT with our plugin can"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "network.onnx"
         path.write_bytes(content)
@@ -100,14 +111,16 @@ def _onnx(model: DetectionModel, options: BuildOptions) -> tuple[bytes, str]:
 def engine_of(model: DetectionModel, options: BuildOptions) -> tuple[bytes, str]:
     """The bytes of an .engine of a fused model, and what is to be said of it. Raises as :func:`build`."""
     trt = load_tensorrt(options.module)
-    net = TensorRtNetwork(trt, options.engine)
+    if options.plugin:
+        net, form = PluginNetwork(trt, options.engine, options.plugin), "plugin"
+    else:
+        net, form = TensorRtNetwork(trt, options.engine), "gridsample"
     describe_network(model, net, options.imgsz, options.half)
-    form = "deformconv" if net.has_deform_conv else "gridsample"
     meta = replace(_meta(model, options, form), batch=options.engine.most)
     start = time.perf_counter()
     engine = net.finish({})
     seconds = time.perf_counter() - start
-    maker = Maker(trt.__name__, trt.__version__, net.targets())
+    maker = Maker(trt.__name__, trt.__version__, net.targets(), Path(options.plugin).name)
     content = pack_engine(engine, meta, maker)
     told = f"{seconds:.1f} s of it in {maker.text()}, batch 1 to {meta.batch}"
     return content, f"{told}; {_tried(model, content, maker, options)}"

@@ -21,11 +21,13 @@ MAX_TEXT = 8_000_000
 
 @dataclass(frozen=True)
 class Maker:
-    """What built an engine: the Python ``module``, its ``version``, and the compute capabilities it is for."""
+    """What built an engine: the Python ``module``, its ``version``, and the compute capabilities it is for; ``plugin``:
+    name of the library that it needs, which lies beside it, empty for none."""
 
     module: str
     version: str
     targets: tuple[int, ...]
+    plugin: str = ""
 
     def text(self) -> str:
         cards = ", ".join(f"{target // 10}.{target % 10}" for target in self.targets)
@@ -35,6 +37,7 @@ class Maker:
 def pack_engine(engine: bytes, meta: Metadata, maker: Maker) -> bytes:
     """The file's bytes."""
     builder = {"module": maker.module, "version": maker.version, "targets": list(maker.targets)}
+    builder |= {"plugin": maker.plugin} if maker.plugin else {}
     text = json.dumps({**meta.entries(), "builder": json.dumps(builder)}).encode()
     return len(text).to_bytes(LENGTH, "little") + text + engine
 
@@ -51,12 +54,13 @@ def read_engine(path: Path) -> tuple[Metadata, Maker, bytes]:
     try:
         entries = json.loads(text)
         builder = json.loads(entries["builder"])
-        maker = Maker(builder["module"], builder["version"], tuple(builder["targets"]))
-    except (ValueError, TypeError, KeyError, RecursionError):
+        maker = Maker(builder["module"], builder["version"], tuple(builder["targets"]), builder.get("plugin", ""))
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise ExportError(
             f"{path}: no header of class names and sizes; was it built by python -m deploy.tensorrt?"
         ) from None
-    sound = isinstance(maker.module, str) and isinstance(maker.version, str)
+    sound = all(isinstance(word, str) for word in (maker.module, maker.version, maker.plugin))
+    sound = sound and (not maker.plugin or Path(maker.plugin).name == maker.plugin)  # beside the engine, nowhere else
     if not sound or not all(type(target) is int for target in maker.targets):
         raise ExportError(f"{path}: what it says of its builder cannot be; build it again")
     if not engine:

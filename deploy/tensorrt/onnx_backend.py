@@ -9,16 +9,19 @@ import numpy as np
 from deploy.tensorrt.backend import Backend, Map, Steps
 from utils.errors import MissingPackage, is_installed
 
-OPSETS = {"deformconv": 19, "gridsample": 18}
+OPSETS = {"deformconv": 19, "gridsample": 18, "plugin": 18}
+PLUGIN, DOMAIN = "DCNv2", "dcn"
+"""Name of our TensorRT plugin (plugin/), and the domain of its nodes."""
 
 
 class OnnxNetwork(Backend):
-    """Handles are names. ``form`` of DCN layers: the operator DeformConv, or GridSample as in TensorRtNetwork."""
+    """Handles are names. ``form`` of DCN layers: the operator DeformConv, GridSample as in TensorRtNetwork, or the
+    node ``plugin``, which only TensorRT with our plugin can run."""
 
     def __init__(self, form: str) -> None:
         if not is_installed("onnx"):
             raise MissingPackage("a network as ONNX", "onnx")
-        self.has_deform_conv, self.opset = form == "deformconv", OPSETS[form]
+        self.form, self.has_deform_conv, self.opset = form, form != "gridsample", OPSETS[form]
         self.nodes: list[Any] = []
         self.arrays: list[Any] = []
         self.inputs: list[Any] = []
@@ -36,7 +39,9 @@ class OnnxNetwork(Backend):
         from onnx import checker, helper
 
         graph = helper.make_graph(self.nodes, "detector", self.inputs, self.outputs, self.arrays)
-        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", self.opset)], ir_version=9)
+        domains = [helper.make_opsetid("", self.opset)]
+        domains += [helper.make_opsetid(DOMAIN, 1)] if self.form == "plugin" else []
+        model = helper.make_model(graph, opset_imports=domains, ir_version=9)
         model.producer_name = "deploy.tensorrt"
         helper.set_model_props(model, entries)
         checker.check_model(model, full_check=True)
@@ -45,6 +50,8 @@ class OnnxNetwork(Backend):
     def deform_conv(
         self, x: Map, offset: Map, mask: Map, weight: np.ndarray, bias: np.ndarray | None, steps: Steps
     ) -> Map:
+        if self.form == "plugin":
+            return self._plugin(x, offset, mask, weight, bias, steps)
         wide = [self.cast(each, np.float32).handle for each in (x, offset, mask)]
         taps = weight.shape[2] * weight.shape[3]
         handle = self._node(
@@ -54,6 +61,17 @@ class OnnxNetwork(Backend):
             **_attributes(weight, steps),
         )
         return self.cast(Map(handle, (weight.shape[0], *offset.shape[1:]), np.dtype(np.float32)), x.dtype)
+
+    def _plugin(self, x: Map, offset: Map, mask: Map, weight: np.ndarray, bias: np.ndarray | None, steps: Steps) -> Map:
+        """All inputs of x's type: the kernel adds offsets to coordinates in float32."""
+        maps = [each.handle for each in (x, self.cast(offset, x.dtype), self.cast(mask, x.dtype))]
+        arrays = [self._array(each.astype(x.dtype)) for each in (weight, bias) if each is not None]
+        attributes = {
+            "stride": list(steps.stride), "padding": list(steps.padding), "dilation": list(steps.dilation),
+            "groups": [steps.groups], "offset_groups": [offset.shape[0] // (2 * weight.shape[2] * weight.shape[3])],
+        }  # fmt: skip
+        handle = self._node(PLUGIN, [*maps, *arrays], domain=DOMAIN, **attributes)
+        return Map(handle, (weight.shape[0], *offset.shape[1:]), x.dtype)
 
     def _conv(self, x: str, weight: np.ndarray, bias: np.ndarray | None, steps: Steps) -> str:
         more = [] if bias is None else [self._array(bias)]

@@ -10,6 +10,7 @@ from torch import Tensor
 from deploy.contract import Runtime
 from deploy.tensorrt.engine_file import read_engine
 from deploy.tensorrt.network import INPUT, OUTPUT
+from deploy.tensorrt.plugin_backend import load_plugin
 from deploy.tensorrt.trt_backend import MODULES, load_tensorrt, quiet_log, started
 from utils.errors import ConfigError, ExportError
 
@@ -33,6 +34,8 @@ class EngineRuntime(Runtime):
             raise ExportError(f"{path}: {maker.text()}; this is a {card}; {again}")
         trt = load_tensorrt(maker.module)
         self._log, self._device = quiet_log(trt), device
+        if maker.plugin:
+            load_plugin(trt, path.parent / maker.plugin)
         with torch.cuda.device(device):
             self._runtime = started(trt, "Runtime", self._log)
             self._engine = self._runtime.deserialize_cuda_engine(engine)

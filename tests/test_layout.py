@@ -24,7 +24,7 @@ models.ops.dcn_op utils.torch_tensors utils.pickle_reader
 utils.errors utils.console utils.boxes utils.augmentations utils.frames utils.crops utils.label_index \
     utils.assign utils.autoanchor utils.dcn_watch utils.early_stopping utils.ema utils.nan_search utils.stages \
     utils.torch_legacy models.activations models.ops.deform_conv
-utils.files utils.torch_file utils.npz utils.device utils.dist utils.images utils.labels utils.mosaic \
+utils.files utils.torch_file utils.npz utils.device utils.dist utils.images utils.label_table utils.labels utils.mosaic \
     utils.plots utils.curves utils.metrics utils.confusion utils.coco utils.optim utils.autobatch utils.streams \
     models.common models.head
 utils.config utils.checkpoint utils.wts utils.loggers utils.label_cache utils.sources models.extra models.ghost \

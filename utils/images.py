@@ -57,7 +57,8 @@ class Header(NamedTuple):
 
 def is_image(path: str | Path) -> bool:
     """True for a name that ends like a picture (case does not matter)."""
-    return os.path.splitext(path)[1].lower() in IMAGE_SUFFIXES
+    suffix = os.path.splitext(path)[1]
+    return suffix in IMAGE_SUFFIXES or suffix.lower() in IMAGE_SUFFIXES
 
 
 def is_video(path: str | Path) -> bool:
@@ -184,14 +185,17 @@ def list_images(sources: str | Path | Iterable[str | Path]) -> list[str]:
     found: list[str] = []
     for source in map(Path, sources):
         if source.is_dir():
-            found += [os.path.join(root, name) for root, names in walk(source) for name in names]
+            for root, names in walk(source):
+                folder = os.path.join(root, "")
+                found += [folder + name for name in names if is_image(name)]
         elif source.suffix.lower() == ".txt" and source.is_file():
-            found += _read_list(source)
+            found += filter(is_image, _read_list(source))
         elif source.is_file():
-            found.append(str(source))
+            found += filter(is_image, [str(source)])
         else:
             raise DataError(f"{source}: no such folder or file")
-    return sorted({path for path in found if is_image(path)})
+    found.sort()  # a folder's are in order already, which makes this quick
+    return [path for path, before in zip(found, ["", *found[:-1]]) if path != before]
 
 
 def parse_header(data: bytes, name: str) -> Header:
@@ -243,8 +247,13 @@ def walk(folder: str | Path) -> Iterator[tuple[str, list[str]]]:
         if (status.st_dev, status.st_ino) in seen:
             continue
         seen.add((status.st_dev, status.st_ino))
-        folders = [entry for entry in entries if _is_dir(entry)]
-        yield root, [entry.name for entry in entries if entry not in folders]
+        folders, names = [], []
+        for entry in entries:
+            if _is_dir(entry):
+                folders.append(entry)
+            else:
+                names.append(entry.name)
+        yield root, names
         waiting += [entry.path for entry in reversed(folders)]
 
 

@@ -10,9 +10,11 @@ import hashlib
 import json
 import os
 import time
+from array import array
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -22,15 +24,16 @@ from utils.errors import DataError
 from utils.files import atomic_open, remove_leftovers
 from utils.images import MAX_PIXELS, check_image, list_images
 from utils.label_index import EMPTY_POINTS, Fault, LabelIndex, PackedStrings, offsets_of
+from utils.label_table import CORRUPT, EMPTY, MISSING, OK, STALE, LabelTable, join_tables, places_of
 from utils.labels import MAX_CLASS, LabelFile, label_path, read_labels
 from utils.npz import NPZ_DAMAGE, check_offsets, read_npz
 
-VERSION = 2  # 2: PNG chunks, links to nowhere
+VERSION = 3  # 3: status and counts as arrays
 DAY = 86_400.0
 SETTLED_NS = 2_000_000_000
 """A file changed less than this before a scan is read again next time: file systems keep times this coarsely."""
 
-OK, MISSING, EMPTY, CORRUPT = range(4)
+_CHUNK = 20_000  # images read at a time: as objects they take a kilobyte each
 MAX_SHOWN = 10
 _KINDS = {
     "path_bytes": (np.uint8, None),
@@ -41,6 +44,8 @@ _KINDS = {
     "points": (np.float32, 2),
     "point_offsets": (np.int64, None),
     "stamps": (np.int64, 4),
+    "status": (np.uint8, None),
+    "counts": (np.int32, 3),
     "meta": (np.uint8, None),
 }
 
@@ -82,17 +87,18 @@ def scan_labels(
     started = time.time_ns()
     known, cache = _read_first(caches, nc)
     title = f"{prefix}Scanning {cache or where + '...'}"
-    entries, fresh = _scan(images, nc, known, title, show)
-    if fresh or len(known) != len(images):
-        _write_first(caches, entries, nc, started)
-    index = _build(entries, where)
+    table, fresh = _scan(images, nc, known, title, show)
+    if fresh or known is None or len(known) != len(images):
+        _write_first(caches, table, nc, started)
+    del images, known
+    index = _build(table, where)
     if show:
         LOGGER.info(f"{title} {index.summary()}")
         _show_faults(index.faults, prefix)
     if strict and index.faults:
         count = len(index.faults)
         raise DataError(f"{prefix}{count} faults in the data set (--strict-data); the first: {index.faults[0]}")
-    _check_any(index, entries, prefix, require_labels)
+    _check_any(index, table, prefix, require_labels)
     return index
 
 
@@ -116,33 +122,52 @@ def _digest(text: str) -> str:
 
 
 def _scan(
-    images: list[str], nc: int | None, known: dict[str, Entry], title: str, show: bool
-) -> tuple[list[Entry], int]:
-    """Entries of all images in order, unchanged ones taken from ``known``, and how many were read."""
-    reused: dict[str, Entry] = {}
+    images: list[str], nc: int | None, known: LabelTable | None, title: str, show: bool
+) -> tuple[LabelTable, int]:
+    """The table of all images in order, unchanged ones taken from ``known``, and how many were read."""
+    places = np.full(len(images), -1, np.int64)
+    if known is not None and len(known):
+        places = places_of(images, known)
+        places[(_stamps(images) != known.stamps[places]).any(1)] = -1
+    todo = np.flatnonzero(places < 0)
+    if not len(todo):
+        return known.take(places), 0
+    workers = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    tables = [known] if known is not None else []
+    reused = sum(map(len, tables))
+    with ThreadPoolExecutor(workers) as pool:
+        chunks = (todo[first : first + _CHUNK] for first in range(0, len(todo), _CHUNK))
+        results = (entry for chunk in chunks for entry in pool.map(lambda i: read_entry(images[i], nc), chunk))
+        read = iter(progress(results, total=len(todo), desc=title, enabled=show and len(todo) > 500))
+        while entries := list(islice(read, _CHUNK)):
+            tables.append(_pack(entries))
+    places[todo] = np.arange(reused, reused + len(todo))
+    return join_tables(tables).take(places), len(todo)
+
+
+def _stamps(images: list[str]) -> np.ndarray:
+    """(n, 4) int64: size and mtime_ns of each image and of its label file, -1 where there is none."""
+    stamps = array("q")
+    folder, label_folder = None, ""
     for path in images:
-        entry = known.get(path)
-        if entry is not None and entry.stamp == _stamp(path):
-            reused[path] = entry
-    todo = [path for path in images if path not in reused]
-    if todo:
-        workers = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-        with ThreadPoolExecutor(workers) as pool:
-            results = pool.map(lambda path: read_entry(path, nc), todo)
-            for entry in progress(results, total=len(todo), desc=title, enabled=show and len(todo) > 500):
-                reused[entry.path] = entry
-    return [reused[path] for path in images], len(todo)
+        here, _, name = path.rpartition(os.sep)
+        if here != folder:  # the same for thousands of images
+            folder, label_folder = here, os.path.join(os.path.dirname(label_path(path)), "")
+        stamps.extend(_file_stamp(path))
+        stamps.extend(_file_stamp(f"{label_folder}{os.path.splitext(name)[0]}.txt"))
+    return np.frombuffer(stamps, np.int64).reshape(-1, 4)
 
 
 def _stamp(path: str) -> tuple[int, int, int, int]:
-    stamp: list[int] = []
-    for file in (path, label_path(path)):
-        try:
-            status = os.stat(file)
-            stamp += [status.st_size, status.st_mtime_ns]
-        except OSError:
-            stamp += [-1, -1]
-    return tuple(stamp)
+    return *_file_stamp(path), *_file_stamp(label_path(path))
+
+
+def _file_stamp(file: str) -> tuple[int, int]:
+    try:
+        status = os.stat(file)
+    except OSError:
+        return -1, -1
+    return status.st_size, status.st_mtime_ns
 
 
 def read_entry(path: str, nc: int | None) -> Entry:
@@ -169,48 +194,51 @@ def read_entry(path: str, nc: int | None) -> Entry:
     return entry
 
 
-def _pack(entries: list[Entry]) -> dict[str, np.ndarray]:
+def _pack(entries: list[Entry]) -> LabelTable:
     segments = [s for e in entries for s in (e.labels.segments or [EMPTY_POINTS] * len(e.labels.boxes))]
-    paths = PackedStrings([e.path for e in entries])
-    return {
-        "path_bytes": paths.bytes,
-        "path_offsets": paths.offsets,
-        "sizes": np.array([e.size for e in entries], np.int32).reshape(-1, 2),
-        "labels": np.concatenate([e.labels.boxes for e in entries] or [np.zeros((0, 5), np.float32)]),
-        "offsets": offsets_of(len(e.labels.boxes) for e in entries),
-        "points": np.concatenate(segments or [EMPTY_POINTS]),
-        "point_offsets": offsets_of(len(s) for s in segments),
-    }
+    files = [e.labels for e in entries]
+    return LabelTable(
+        paths=PackedStrings([e.path for e in entries]),
+        stamps=np.array([e.stamp for e in entries], np.int64).reshape(-1, 4),
+        status=np.array([e.status for e in entries], np.uint8),
+        counts=np.array([(f.rows, f.clipped, f.duplicates) for f in files], np.int32).reshape(-1, 3),
+        sizes=np.array([e.size for e in entries], np.int32).reshape(-1, 2),
+        labels=np.concatenate([f.boxes for f in files] or [np.zeros((0, 5), np.float32)]),
+        offsets=offsets_of(len(f.boxes) for f in files),
+        points=np.concatenate(segments or [EMPTY_POINTS]),
+        point_offsets=offsets_of(len(s) for s in segments),
+        faults={number: e.faults for number, e in enumerate(entries) if e.faults},
+    )
 
 
-def _build(entries: list[Entry], where: str) -> LabelIndex:
-    usable = [e for e in entries if e.status != CORRUPT]
-    packed = _pack(usable)
-    paths = PackedStrings.from_arrays(packed.pop("path_bytes"), packed.pop("path_offsets"))
-    count = [e.status for e in entries].count
+def _build(table: LabelTable, where: str) -> LabelIndex:
+    usable = table.take(np.flatnonzero(table.status != CORRUPT))
+    count = np.bincount(table.status, minlength=4).tolist()
+    _, clipped, duplicates = usable.counts.sum(0, dtype=np.int64).tolist()
     return LabelIndex(
-        paths,
-        **packed,
-        faults=[fault for e in entries for fault in e.faults],
-        found=sum(e.stamp[2] >= 0 for e in entries),
-        missing=count(MISSING),
-        empty=count(EMPTY),
-        corrupt=count(CORRUPT),
-        clipped=sum(e.labels.clipped for e in usable),
-        duplicates=sum(e.labels.duplicates for e in usable),
+        usable.paths,
+        usable.sizes,
+        usable.labels,
+        usable.offsets,
+        usable.points,
+        usable.point_offsets,
+        faults=[fault for number in sorted(table.faults) for fault in table.faults[number]],
+        found=int((table.stamps[:, 2] >= 0).sum()),
+        missing=count[MISSING],
+        empty=count[EMPTY],
+        corrupt=count[CORRUPT],
+        clipped=clipped,
+        duplicates=duplicates,
         where=where,
     )
 
 
-def _write_first(caches: list[Path], entries: list[Entry], nc: int | None, started_ns: int) -> None:
+def _write_first(caches: list[Path], table: LabelTable, nc: int | None, started_ns: int) -> None:
     """Write the cache beside the labels, else in the user's cache folder; else say that there is none."""
-    arrays = _pack(entries)
-    arrays["stamps"] = np.array([e.stamp for e in entries], np.int64)
-    notes = [
-        [e.status, e.labels.rows, e.labels.clipped, e.labels.duplicates, [[f.path, f.row, f.reason] for f in e.faults]]
-        for e in entries
-    ]
-    meta = {"version": VERSION, "nc": nc, "started_ns": started_ns, "notes": notes}
+    arrays = {name: getattr(table, name) for name in _KINDS if hasattr(table, name)}
+    arrays |= {"path_bytes": table.paths.bytes, "path_offsets": table.paths.offsets}
+    faults = [[number, f.path, f.row, f.reason] for number, found in table.faults.items() for f in found]
+    meta = {"version": VERSION, "nc": nc, "started_ns": started_ns, "faults": faults}
     arrays["meta"] = np.frombuffer(json.dumps(meta).encode(), np.uint8)
     reason = ""
     for cache in caches:
@@ -227,46 +255,47 @@ def _write_first(caches: list[Path], entries: list[Entry], nc: int | None, start
     LOGGER.warning(f"labels are not cached ({reason}); the next start scans them again")
 
 
-def _read_first(caches: list[Path], nc: int | None) -> tuple[dict[str, Entry], Path | None]:
+def _read_first(caches: list[Path], nc: int | None) -> tuple[LabelTable | None, Path | None]:
     for cache in caches:
         if cache.is_file():
             try:
                 return read_cache(cache, nc), cache
             except NPZ_DAMAGE as error:
                 LOGGER.warning(f"{cache}: damaged or of another version ({error}); scanning again")
-    return {}, None
+    return None, None
 
 
-def read_cache(cache: Path, nc: int | None) -> dict[str, Entry]:
-    """Entries by path that may be trusted: not those whose files changed just before the scan."""
+def read_cache(cache: Path, nc: int | None) -> LabelTable | None:
+    """The table of an earlier scan, None when it was made for another number of classes. Images whose files changed
+    just before that scan have the stamp STALE: they may have changed again since, within the clock's tick."""
     arrays = read_npz(cache, _KINDS)
-    meta = json.loads(arrays["meta"].tobytes())
+    meta = json.loads(arrays.pop("meta").tobytes())
     if meta["version"] != VERSION:
         raise ValueError(f"version {meta['version']}, expected {VERSION}")
-    if meta["nc"] != nc:  # another number of classes: every class number must be checked again
-        return {}
-    _check_cache(arrays, meta["notes"], nc)
-    paths = PackedStrings.from_arrays(arrays["path_bytes"], arrays["path_offsets"])
+    if meta["nc"] != nc:  # every class number must be checked again
+        return None
+    _check_cache(arrays, nc)
+    paths = PackedStrings.from_arrays(arrays.pop("path_bytes"), arrays.pop("path_offsets"))
+    table = LabelTable(paths, faults=_read_faults(meta["faults"], len(paths)), **arrays)
     newest = meta["started_ns"] - SETTLED_NS
-    entries = {}
-    for i, (status, rows, clipped, duplicates, faults) in enumerate(meta["notes"]):
-        stamp = tuple(arrays["stamps"][i].tolist())
-        if max(stamp[1], stamp[3]) > newest:
-            continue
-        first, last = arrays["offsets"][i], arrays["offsets"][i + 1]
-        bounds = arrays["point_offsets"][first : last + 1]
-        segments = [arrays["points"][a:b] for a, b in zip(bounds[:-1], bounds[1:])]
-        labels = LabelFile(arrays["labels"][first:last], segments if any(map(len, segments)) else None)
-        labels.rows, labels.clipped, labels.duplicates = rows, clipped, duplicates
-        size = tuple(arrays["sizes"][i].tolist())
-        entries[paths[i]] = Entry(paths[i], stamp, size, status, labels, [Fault(*f) for f in faults])
-    return entries
+    table.stamps[np.maximum(table.stamps[:, 1], table.stamps[:, 3]) > newest] = STALE
+    return table
 
 
-def _check_cache(arrays: dict[str, np.ndarray], notes: list, nc: int | None) -> None:
+def _read_faults(rows: list, count: int) -> dict[int, list[Fault]]:
+    """Raises ValueError unless they are what :func:`_write_first` writes."""
+    faults: dict[int, list[Fault]] = {}
+    for row in rows:
+        if [type(part) for part in row] != [int, str, int, str] or not 0 <= row[0] < count:
+            raise ValueError("faults of another kind")
+        faults.setdefault(row[0], []).append(Fault(*row[1:]))
+    return faults
+
+
+def _check_cache(arrays: dict[str, np.ndarray], nc: int | None) -> None:
     """Raise ValueError unless a cache holds what a scan could have written: data sets come with caches in them."""
-    count, labels, sizes = len(notes), arrays["labels"], arrays["sizes"]
-    if not count == len(arrays["stamps"]) == len(sizes):
+    count, labels, sizes = len(arrays["stamps"]), arrays["labels"], arrays["sizes"]
+    if not count == len(sizes) == len(arrays["status"]) == len(arrays["counts"]):
         raise ValueError("lengths disagree")
     check_offsets(arrays["path_offsets"], count, len(arrays["path_bytes"]))
     check_offsets(arrays["offsets"], count, len(labels))
@@ -278,11 +307,8 @@ def _check_cache(arrays: dict[str, np.ndarray], notes: list, nc: int | None) -> 
         raise ValueError("labels out of range")
     if (sizes < 0).any() or (sizes.astype(np.int64).prod(1) > MAX_PIXELS).any():
         raise ValueError("sizes out of range")
-    for status, *numbers, faults in notes:
-        if status not in (OK, MISSING, EMPTY, CORRUPT) or [type(n) for n in numbers] != [int] * 3:
-            raise ValueError("notes of another kind")
-        if any([type(part) for part in fault] != [str, int, str] for fault in faults):
-            raise ValueError("faults of another kind")
+    if (arrays["status"] > CORRUPT).any() or (arrays["counts"] < 0).any():
+        raise ValueError("notes of another kind")
 
 
 def _show_faults(faults: list[Fault], prefix: str) -> None:
@@ -292,25 +318,25 @@ def _show_faults(faults: list[Fault], prefix: str) -> None:
         LOGGER.warning(f"{prefix}and {len(faults) - MAX_SHOWN} more (train.py --check-data lists them all)")
 
 
-def _check_any(index: LabelIndex, entries: list[Entry], prefix: str, required: bool) -> None:
+def _check_any(index: LabelIndex, table: LabelTable, prefix: str, required: bool) -> None:
     """Say where labels were looked for when there are none."""
     if not len(index):
-        raise DataError(f"{prefix}none of the {len(entries)} images can be used; the first: {index.faults[0]}")
+        raise DataError(f"{prefix}none of the {len(table)} images can be used; the first: {index.faults[0]}")
     if len(index.labels):
         return
-    bare = next((e for e in entries if e.status == MISSING), None)
-    if bare is None:
+    if not index.missing:
         message = f"{prefix}all {index.empty} label files in {index.where} are empty"
     else:
-        label = label_path(bare.path)
+        bare = table.paths[int((table.status == MISSING).argmax())]
+        label = label_path(bare)
         reason = f"the folder {os.path.dirname(label)} does not exist"
         if os.path.isdir(os.path.dirname(label)):
             reason = f"{os.path.dirname(label)} has no file of that name"
-        if f"{os.sep}images{os.sep}" not in bare.path:
+        if f"{os.sep}images{os.sep}" not in bare:
             reason += "; no folder of the path is called 'images', so labels must lie beside the images"
         else:
             reason += "; labels lie where the last 'images' of the path reads 'labels'"
-        message = f"{prefix}no labels found: {bare.path} should have {label}, but {reason}"
+        message = f"{prefix}no labels found: {bare} should have {label}, but {reason}"
     if required:
         raise DataError(f"{message}; there is nothing to train on")
     LOGGER.warning(message)

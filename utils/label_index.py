@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+_GATHERED = 50_000  # groups and texts handled at a time, where that takes memory
+
 EMPTY_POINTS = np.zeros((0, 2), np.float32)
 """The polygon of a plain box."""
 
@@ -16,9 +18,13 @@ class PackedStrings:
     """A read-only list of texts in two arrays: forked loader processes share it without copying its pages."""
 
     def __init__(self, texts: Sequence[str]) -> None:
-        encoded = [os.fsencode(t) for t in texts]
-        self.bytes = np.frombuffer(b"".join(encoded), np.uint8)
-        self.offsets = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
+        joined = "".join(texts)
+        if joined.isascii():
+            self.bytes, lengths = np.frombuffer(joined.encode("ascii"), np.uint8), map(len, texts)
+        else:
+            encoded = [os.fsencode(text) for text in texts]
+            self.bytes, lengths = np.frombuffer(b"".join(encoded), np.uint8), map(len, encoded)
+        self.offsets = offsets_of(lengths)
 
     @classmethod
     def from_arrays(cls, data: np.ndarray, offsets: np.ndarray) -> PackedStrings:
@@ -27,8 +33,31 @@ class PackedStrings:
         packed.bytes, packed.offsets = data, offsets
         return packed
 
+    @classmethod
+    def join(cls, parts: Sequence[PackedStrings]) -> PackedStrings:
+        """One list after the other."""
+        offsets = offsets_of(np.concatenate([np.diff(part.offsets) for part in parts]))
+        return cls.from_arrays(np.concatenate([part.bytes for part in parts]), offsets)
+
+    def take(self, order: np.ndarray) -> PackedStrings:
+        """The list with text ``order[i]`` in place i."""
+        return self.from_arrays(*gather(self.bytes, self.offsets, order))
+
     def __len__(self) -> int:
         return len(self.offsets) - 1
+
+    def equals(self, texts: Sequence[str]) -> bool:
+        """Whether these are the same texts."""
+        if len(texts) != len(self):
+            return False
+        for first in range(0, len(texts), _GATHERED):
+            part = PackedStrings(texts[first : first + _GATHERED])
+            own = self.offsets[first : first + _GATHERED + 1]
+            if not np.array_equal(part.offsets, own - own[0]):
+                return False
+            if not np.array_equal(part.bytes, self.bytes[own[0] : own[-1]]):
+                return False
+        return True
 
     def __getitem__(self, index: int) -> str:
         if not -len(self) <= index < len(self):
@@ -94,16 +123,16 @@ class LabelIndex:
 
     def reorder(self, order: np.ndarray) -> LabelIndex:
         """The same set with image ``order[i]`` in place i."""
-        rows = np.concatenate([np.arange(self.offsets[i], self.offsets[i + 1]) for i in order] or [[]]).astype(np.int64)
-        polygons = [self.points[self.point_offsets[r] : self.point_offsets[r + 1]] for r in rows]
-        counts = np.diff(self.offsets)[order]
+        labels, offsets = gather(self.labels, self.offsets, order)
+        points, _ = gather(self.points, self.point_offsets[self.offsets], order)
+        corners, _ = gather(np.diff(self.point_offsets), self.offsets, order)
         return LabelIndex(
-            PackedStrings([self.paths[i] for i in order]),
+            self.paths.take(order),
             self.sizes[order],
-            self.labels[rows],
-            offsets_of(counts),
-            np.concatenate(polygons or [EMPTY_POINTS]),
-            offsets_of([len(p) for p in polygons]),
+            labels,
+            offsets,
+            points,
+            offsets_of(corners),
             self.faults,
             *(self.found, self.missing, self.empty, self.corrupt, self.clipped, self.duplicates, self.where),
         )
@@ -117,6 +146,31 @@ class LabelIndex:
         return ", ".join(parts + [f"{count} {what}" for count, what in extra if count])
 
 
-def offsets_of(counts: Iterable[int]) -> np.ndarray:
+def offsets_of(counts: Iterable[int] | np.ndarray) -> np.ndarray:
     """(n,) counts -> (n + 1,) int64 running sums from 0."""
-    return np.concatenate(([0], np.cumsum(np.fromiter(counts, np.int64)))).astype(np.int64)
+    counts = counts if isinstance(counts, np.ndarray) else np.fromiter(counts, np.int64)
+    offsets = np.zeros(len(counts) + 1, np.int64)
+    np.cumsum(counts, out=offsets[1:])
+    return offsets
+
+
+def gather(values: np.ndarray, offsets: np.ndarray, order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Groups of rows in another order: group i is values[offsets[i]:offsets[i+1]], the result has group ``order[i]`` in
+    place i. Returns the rows and their offsets."""
+    counts = np.diff(offsets)[order]
+    out_offsets = offsets_of(counts)
+    out = np.empty((int(out_offsets[-1]), *values.shape[1:]), values.dtype)
+    if len(out) == 0:
+        return out, out_offsets
+    runs = np.flatnonzero(np.diff(order, prepend=order[0] - 2) != 1)  # where groups stop following each other
+    if len(runs) < len(order) // 8:
+        for first, last in zip(runs.tolist(), [*runs[1:].tolist(), len(order)]):
+            source = values[offsets[order[first]] : offsets[order[last - 1] + 1]]
+            out[out_offsets[first] : out_offsets[last]] = source
+        return out, out_offsets
+    for first in range(0, len(order), _GATHERED):
+        part = order[first : first + _GATHERED]
+        start, end = out_offsets[first], out_offsets[first + len(part)]
+        shift = offsets[part] - (out_offsets[first : first + len(part)] - start)
+        out[start:end] = values[np.repeat(shift, counts[first : first + len(part)]) + np.arange(end - start)]
+    return out, out_offsets

@@ -21,6 +21,7 @@ MAX_BYTES, MAX_ROW = 16_000_000, 2_000_000
 """Bytes of a label file and characters of one row: many times what the finest polygons of a picture take."""
 MAX_FAULTS = 1000
 """A file with more bad rows than this is no label file."""
+_MANY_ROWS = 12  # below, arrays cost more than they save
 MAX_CLASS = 1 << 24  # float32 counts up to here
 TOLERANCE = 0.01
 """Coordinates this far outside 0..1 are rounding in somebody's converter: they are clipped, not refused."""
@@ -85,11 +86,15 @@ def decode_labels(data: bytes, path: str | Path, nc: int | None = None) -> Label
 
 def parse_labels(text: str, nc: int | None = None) -> LabelFile:
     """:func:`read_labels` of a text already in memory. Reading ends after MAX_FAULTS + 1 bad rows."""
+    lines = text.splitlines()
+    plain = _parse_plain(lines, nc) if len(lines) >= _MANY_ROWS else None
+    if plain is not None:
+        return plain
     boxes: list[tuple[float, ...]] = []
     segments: list[np.ndarray] = []
     result = LabelFile(np.zeros((0, 5), np.float32))
     seen: set[tuple[float, ...]] = set()
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(lines, 1):
         if not line or line.isspace():
             continue
         result.rows += 1
@@ -113,6 +118,24 @@ def parse_labels(text: str, nc: int | None = None) -> LabelFile:
     if any(len(s) for s in segments):
         result.segments = segments
     return result
+
+
+def _parse_plain(lines: list[str], nc: int | None) -> LabelFile | None:
+    """A file of boxes in which nothing is wrong, all rows at once; None for any other: row by row tells what it is."""
+    fields = [line.split() for line in lines]
+    if any(len(row) != 5 for row in fields) or max(map(len, lines)) > MAX_ROW:
+        return None
+    try:
+        rows = np.array([list(map(float, row)) for row in fields])
+    except ValueError:
+        return None
+    classes, numbers, boxes = rows[:, 0], rows[:, 1:], rows.astype(np.float32)
+    most = MAX_CLASS if nc is None else nc - 1
+    good = (classes >= 0) & (classes <= most) & (classes == np.floor(classes))
+    good &= ((numbers >= 0) & (numbers <= 1)).all(1) & (boxes[:, 3:] > 0).all(1)  # NaN fails every comparison
+    if not good.all() or len(set(map(tuple, rows.tolist()))) < len(rows):
+        return None
+    return LabelFile(boxes, rows=len(rows))
 
 
 def _bounds(points: np.ndarray) -> tuple[float, ...]:

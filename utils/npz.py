@@ -44,5 +44,5 @@ def read_npz(path: str | Path, kinds: Mapping[str, tuple[type, int | None]]) -> 
 
 def check_offsets(offsets: np.ndarray, count: int, total: int) -> None:
     """Raise ValueError unless ``offsets`` (count + 1,) run from 0 up to ``total`` without a step back."""
-    if len(offsets) != count + 1 or offsets[0] != 0 or offsets[-1] != total or (np.diff(offsets) < 0).any():
+    if len(offsets) != count + 1 or offsets[0] != 0 or offsets[-1] != total or (offsets[1:] < offsets[:-1]).any():
         raise ValueError("offsets do not fit")

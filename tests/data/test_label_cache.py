@@ -15,7 +15,7 @@ from tests.data.conftest import settle
 from utils import label_cache
 from utils.errors import DataError
 from utils.label_cache import scan_labels
-from utils.label_index import PackedStrings
+from utils.label_index import PackedStrings, gather, offsets_of
 
 ROW = "0 .5 .5 .2 .2\n"
 
@@ -109,6 +109,55 @@ def test_a_changed_file_is_read_again_and_only_it(make_set: Callable, reads: lis
     reads.clear()
     scan_labels(images, nc=1)  # class numbers must be judged anew
     assert len(reads) == 3
+
+
+def test_an_incremental_scan_is_a_scan(make_set: Callable, reads: list) -> None:
+    """Whatever changed, the cache's answer is that of reading everything anew, and only what changed is read."""
+    rng = np.random.default_rng(3)
+    polygon = "1 .1 .2 .5 .2 .3 .6\n"
+    kinds = [ROW, ROW + polygon, "", None, "bad\n" + ROW, "bad\n", polygon, ROW + "1 .2 .2 .1 .1\n"]
+    images = make_set({f"im{i:02d}": kinds[i % len(kinds)] for i in range(24)})
+    labels = Path(str(images).replace("images", "labels"))
+    cache = Path(f"{labels}.cache.npz")
+    scan_labels(images, nc=2)
+    for turn in range(12):
+        touched = set()
+        for number in rng.choice(30, 3, replace=False):
+            name, kind = f"im{number:02d}", kinds[rng.integers(len(kinds))]
+            if rng.random() < 0.3:
+                (images / f"{name}.png").unlink(missing_ok=True)
+                continue
+            (labels / f"{name}.txt").unlink(missing_ok=True)
+            make_set({name: kind})
+            settle(images / f"{name}.png", turn + 1)
+            touched.add(name)
+        reads.clear()
+        index = scan_labels(images, nc=2)
+        assert set(reads) <= touched
+        kept = cache.read_bytes()
+        again = scan_labels(images, nc=2)
+        cache.unlink()
+        whole = scan_labels(images, nc=2)
+        for other in (again, whole):
+            assert [other.paths[i] for i in range(len(other))] == [index.paths[i] for i in range(len(index))]
+            for field in ("sizes", "labels", "offsets", "points", "point_offsets"):
+                np.testing.assert_array_equal(getattr(index, field), getattr(other, field))
+            assert other.summary() == index.summary() and list(map(str, other.faults)) == list(map(str, index.faults))
+        cache.write_bytes(kept)
+
+
+@pytest.mark.parametrize("count", [5, 400])
+def test_gathered_groups_are_the_groups(count: int) -> None:
+    rng = np.random.default_rng(count)
+    sizes = rng.integers(0, 4, count)
+    values = rng.random((sizes.sum(), 2))
+    offsets = offsets_of(sizes)
+    groups = [values[a:b] for a, b in zip(offsets[:-1], offsets[1:])]
+    orders = [np.arange(count), rng.permutation(count), np.arange(0), np.flatnonzero(rng.random(count) < 0.97)]
+    for order in [*orders, rng.integers(0, count, 2 * count)]:
+        rows, places = gather(values, offsets, order)
+        assert places.tolist() == [0, *np.cumsum([len(groups[i]) for i in order])]
+        np.testing.assert_array_equal(rows, np.concatenate([groups[i] for i in order] or [values[:0]]))
 
 
 def test_a_file_edited_during_the_scan_is_not_trusted(make_set: Callable, reads: list) -> None:

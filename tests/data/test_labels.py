@@ -81,3 +81,28 @@ def test_empty_text_and_byte_order_mark(tmp_path: Path) -> None:
     (tmp_path / "b.txt").write_bytes(b"\xff\xfe\x00\x01")
     with pytest.raises(DataError, match="b.txt: not a text file"):
         read_labels(tmp_path / "b.txt")
+
+
+@pytest.mark.parametrize(
+    "flaw", ["", "0 .5 .5 .1", "0 .5 .5 0 .1", "9 .5 .5 .1 .1", "0 .1 .1 .2 .1 .2 .2", "x .5 .5 .1 .1"]
+)
+def test_many_rows_are_read_as_few_are(flaw: str) -> None:
+    """Long files of boxes are read all at once; the result is that of reading row by row."""
+    rng = np.random.default_rng(0)
+    rows = [
+        f"{int(c)} {x:.6f} {y:.6f} {w:.6f} {h:.6f}"
+        for c, x, y, w, h in rng.uniform(0.01, 0.99, (300, 5)) * (5, 1, 1, 1, 1)
+    ]
+    rows.insert(150, flaw)
+    rows.append(rows[3] if len(flaw) > 10 else "")
+    whole = parse_labels("\n".join(rows), nc=5)
+    alone = [parse_labels(row, nc=5) for row in rows]
+    expected = np.concatenate([part.boxes for part in alone])[: len(whole.boxes)]
+    np.testing.assert_array_equal(whole.boxes, expected)
+    assert whole.boxes.dtype == np.float32 and whole.rows == sum(part.rows for part in alone)
+    assert [reason for _, reason in whole.faults] == [reason for part in alone for _, reason in part.faults]
+    assert all(number == 151 for number, _ in whole.faults)
+    assert whole.duplicates == (len(flaw) > 10)
+    clean = parse_labels("\n".join(rows[:100]), nc=5)
+    np.testing.assert_array_equal(clean.boxes, expected[:100])
+    assert clean.rows == 100 and clean.segments is None and not clean.faults

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from models.ops import nvrtc
 from models.ops.geometry import Geometry
-from models.ops.layout import channels_last, empty_map
+from models.ops.layout import as_rows, channels_last, empty_map, product
 
 TAPS, TILE = 9, 8
 RAW_CODES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
@@ -112,7 +112,7 @@ def _backward_apart(call: _Call, function, grad: Tensor, weight: Tensor, grad_x:
     """Some images at a time: cuBLAS makes the columns' gradient, the kernel does the rest."""
     x, need_x, matrix = call.x, grad_x.numel() > 0, _matrix(weight)
     for images, pixels in call.portions(SCRATCH_BYTES, 4 * need_x * x[0].numel() + call.column_bytes()):
-        columns = torch.mm(_rows(grad)[pixels], matrix)
+        columns = torch.mm(as_rows(grad)[pixels], matrix)
         sums = x.new_zeros((images.stop - images.start, *x.shape[2:], x.shape[1]) if need_x else 0, dtype=torch.float32)
         call.launch(function, (call.tiles(images), 1), images, grad=columns, sums=sums, grad_raw=grad_raw[images])
         if need_x:
@@ -129,7 +129,7 @@ def backward_weight(
     n, c = geometry.outputs, geometry.channels
     total = 0.0
     for pixels, columns in _columns(call):
-        total = total + product(_rows(grad)[pixels].t(), columns)
+        total = total + product(as_rows(grad)[pixels].t(), columns)
     return total.reshape(n, TAPS, c).permute(0, 2, 1).reshape(weight.shape).to(weight.dtype)
 
 
@@ -192,19 +192,9 @@ def _readable(maps: Tensor) -> Tensor:
     return maps.clone() if maps.data_ptr() % 16 else maps
 
 
-def _rows(maps: Tensor) -> Tensor:
-    """(B * H * W, C) of a channels-last map; no copy."""
-    return maps.permute(0, 2, 3, 1).reshape(-1, maps.shape[1])
-
-
 def _matrix(weight: Tensor) -> Tensor:
     """(N, 9 * C), taps outermost, as the columns have them."""
     return weight.flatten(2).transpose(1, 2).reshape(weight.shape[0], -1)
-
-
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """a . b of half-precision matrices, in float32."""
-    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
 
 
 def pack_gradient(weight: Tensor, channels: int) -> Tensor:

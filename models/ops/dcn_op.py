@@ -19,7 +19,7 @@ from torch import Tensor
 
 from models.ops import dcn_cuda, nvrtc
 from models.ops.geometry import Geometry
-from models.ops.layout import empty_map
+from models.ops.layout import channel_sums, empty_map
 
 
 @torch.library.custom_op("dcn::forward", mutates_args=())
@@ -66,9 +66,10 @@ def backward(
     need_x: bool,
     need_raw: bool,
     need_weight: bool,
+    need_bias: bool,
     deterministic: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, raw and weight, each in its tensor's dtype; those not needed are empty tensors."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, raw, weight, each in its tensor's dtype, and bias (float32); those not needed are empty."""
     from models.ops import dcn_launch
 
     geometry = Geometry.of(x, weight, stride, padding, dilation, offset_groups, logits)
@@ -81,7 +82,8 @@ def backward(
     if need_weight:
         own = partial(dcn_cuda.backward_weight, *inputs) if native and geometry.channels >= dcn_cuda.MANY else None
         grad_weight = _first(own, partial(dcn_launch.backward_weight, *inputs))
-    return grad_x, grad_raw, grad_weight
+    grad_bias = channel_sums(grad) if need_bias else grad.new_empty(0, dtype=torch.float32)
+    return grad_x, grad_raw, grad_weight, grad_bias
 
 
 def _first(native: Callable | None, triton: Callable):
@@ -97,12 +99,13 @@ def _first(native: Callable | None, triton: Callable):
 @backward.register_fake
 def _(
     grad, x, raw, weight, stride, padding, dilation, offset_groups, logits, native,
-    need_x, need_raw, need_weight, deterministic,
+    need_x, need_raw, need_weight, need_bias, deterministic,
 ):  # fmt: skip
     return (
         empty_map(x, x.shape) if need_x else x.new_empty(0),
         empty_map(raw, raw.shape) if need_x or need_raw else raw.new_empty(0),
         torch.empty_like(weight, memory_format=torch.contiguous_format) if need_weight else weight.new_empty(0),
+        grad.new_empty(weight.shape[0] if need_bias else 0, dtype=torch.float32),
     )
 
 
@@ -118,15 +121,14 @@ def _gradients(ctx, grad):
     x, raw, weight = ctx.saved_tensors
     need_x, need_raw, need_weight, need_bias = ctx.needs_input_grad[:4]
     deterministic = torch.are_deterministic_algorithms_enabled()
-    grad_x, grad_raw, grad_weight = backward(
-        grad, x, raw, weight, *ctx.geometry, need_x, need_raw, need_weight, deterministic
+    grad_x, grad_raw, grad_weight, grad_bias = backward(
+        grad, x, raw, weight, *ctx.geometry, need_x, need_raw, need_weight, need_bias, deterministic
     )
-    grad_bias = grad.sum((0, 2, 3), dtype=torch.float32).to(ctx.bias_dtype) if need_bias else None
     return (
         grad_x if need_x else None,
         grad_raw if need_raw else None,
         grad_weight if need_weight else None,
-        grad_bias,
+        grad_bias.to(ctx.bias_dtype) if need_bias else None,
         *(None,) * 7,
     )
 

@@ -140,6 +140,12 @@ def _add_precision_flags(group: argparse._ArgumentGroup) -> None:
         default="auto",
         help="mixed precision; auto: bf16 or fp16 on a GPU, off on the CPU",
     )
+    group.add_argument(
+        "--cuda-graphs",
+        choices=["auto", "on", "off"],
+        default="auto",
+        help="replay training steps as CUDA graphs, faster for small models and batches; auto: on one GPU",
+    )
     group.add_argument("--sync-bn", action="store_true", help="BatchNorm statistics over all ranks (several GPUs)")
     group.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     group.add_argument("--deterministic", action="store_true", help="repeatable kernels where they exist; slower")

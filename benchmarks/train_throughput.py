@@ -100,6 +100,7 @@ def measure(case: str, args: argparse.Namespace, device: torch.device) -> list[o
         workers=args.workers,
         amp=args.amp,
         dcn_backend=args.dcn_backend,
+        cuda_graphs=args.cuda_graphs,
     )
     data, hyp, world = DataConfig.load(args.data), Hyp(), World()
     model, frame = model_and_frame(cfg, data, hyp, world, device)
@@ -142,6 +143,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--cache", default="", choices=["", "ram"])
     parser.add_argument("--amp", default="auto")
+    parser.add_argument("--cuda-graphs", choices=["auto", "off"], default="auto")
     add_dcn_backend_flag(parser)
     parser.add_argument("--repeat", type=int, default=8)
     parser.add_argument("--warmup", type=int, default=20)

@@ -69,6 +69,7 @@ def _largest_that_fits(learner: Any, batch: int, size: int) -> int | None:
         torch.cuda.synchronize(device)
         return max(torch.cuda.max_memory_reserved(device) - before, 1)
 
+    learner.graphs = None  # their memory goes too
     learner.optimizer.zero_grad(set_to_none=True)
     torch.cuda.empty_cache()
     sizes = [count for count in (1, 2, 4, 8, 16, 32, 64) if count < batch]

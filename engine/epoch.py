@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.diagnosis import MEMORY_SIGNS, diverged, out_of_memory
+from engine.graphs import StepGraphs
 from utils.console import LOGGER, progress
+from utils.dcn_watch import DcnWatch
 from utils.device import memory_gb, to_network_input
 from utils.dist import World
 from utils.ema import ModelEMA
@@ -25,7 +28,8 @@ HEADER = ("Epoch", "GPU_mem", "box_loss", "obj_loss", "cls_loss", "Instances", "
 
 @dataclass
 class Learner:
-    """What a training step works on. ``model`` may be wrapped in DDP; ``ema`` lives on rank 0 only."""
+    """What a training step works on. ``model`` may be wrapped in DDP; ``ema`` lives on rank 0 only; ``graphs`` when
+    steps are replayed as CUDA graphs (:meth:`use_graphs`)."""
 
     model: nn.Module
     criterion: DetectionLoss
@@ -38,13 +42,23 @@ class Learner:
     amp_dtype: torch.dtype | None = None
     clip_grad: float = 10.0
     loss_gain: float = 1.0
+    graphs: StepGraphs | None = None
 
-    def backward(self, images: Tensor, targets: Tensor) -> LossParts:
+    def use_graphs(self) -> None:
+        """Replay steps as CUDA graphs from now on."""
+        self.graphs = StepGraphs(self._backward)
+
+    def backward(self, images: Tensor, targets: Tensor, usual: bool = False) -> LossParts:
         """Forward, loss and backward of one batch; gradients add up until :meth:`step`.
 
-        images (B, 3, H, W) float in 0..1 on the device, targets (T, 6) on the device. DDP averages gradients over
-        ranks, while hyper-parameters are tuned for the sum over images: hence the factor world.size.
+        images (B, 3, H, W) float in 0..1 on the device, targets (T, 6) on the device. ``usual``: not as a graph, so
+        that the model's hooks see the batch.
         """
+        return self.graphs(images, targets, usual) if self.graphs else self._backward(images, targets)
+
+    def _backward(self, images: Tensor, targets: Tensor) -> LossParts:
+        """DDP averages gradients over ranks, while hyper-parameters are tuned for the sum over images: hence the
+        factor world.size."""
         with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
             raw = self.model(images)
         parts = self.criterion(raw, targets)
@@ -66,10 +80,14 @@ class Learner:
         elif torch.isfinite(norm):
             self.optimizer.step()
         self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.clear_gradients()
         if self.ema is not None:
             self.ema.update(self.model)
         return norm
+
+    def clear_gradients(self) -> None:
+        """Drop the gradients; graphs need them where they are, and get zeros."""
+        self.optimizer.zero_grad(set_to_none=self.graphs is None)
 
 
 @dataclass(frozen=True)
@@ -124,17 +142,18 @@ def train_one_epoch(
     multi_scale: MultiScale | None = None,
     done: PartialEpoch | None = None,
     stop: Callable[[], bool] = lambda: False,
+    watch: DcnWatch | None = None,
 ) -> EpochResult:
     """Run all batches of one epoch. ``loader`` yields utils.dataloaders.Batch and has a length, that of a whole epoch.
 
     ``done``: the part that an interrupted run did, after which the loader begins. ``stop``: asked after each optimizer
-    step; when it says so the result is ``unfinished``.
+    step; when it says so the result is ``unfinished``. ``watch``: measures the offsets of some steps.
 
     Raises TrainingDiverged when the loss stops being finite, ResourceError when memory runs out. Gradients left
     over at the end (fewer batches than the accumulation asks for) are dropped, as users' schedules assume.
     """
     learner.model.train()
-    learner.optimizer.zero_grad(set_to_none=True)
+    learner.clear_gradients()
     first = done.batches if done else 0
     rng = np.random.default_rng((multi_scale.seed, epoch)) if multi_scale else None
     for _ in range(first if multi_scale else 0):
@@ -150,7 +169,9 @@ def train_one_epoch(
             images = to_network_input(batch.images, learner.device)
             if multi_scale:
                 images = resize_batch(images, rng, multi_scale.imgsz, multi_scale.stride)
-            parts = learner.backward(images, batch.targets.to(learner.device, non_blocking=True))
+            targets = batch.targets.to(learner.device, non_blocking=True)
+            with watch.step() if watch else nullcontext(False) as measured:
+                parts = learner.backward(images, targets, usual=measured)
             if settings.optimizer_step:
                 meter.check(learner.step())
             text = meter.add(parts, batch, images.shape[-1])

@@ -137,7 +137,6 @@ def build_datasets(
             rect=cfg.rect,
             batch_size=frame.rank_batch,
             stride=frame.stride,
-            cache="" if cfg.cache == "val" else cfg.cache,
             prefix="train",
             close_mosaic_epoch=cfg.epochs - cfg.close_mosaic if cfg.close_mosaic else None,
             show=world.main,
@@ -150,11 +149,12 @@ def build_datasets(
             batch_size=frame.rank_batch * 2,  # nothing is kept for a backward pass
             stride=frame.stride,
             pad=0.5,
-            cache="ram" if cfg.cache == "val" else cfg.cache,
             prefix="val",
             show=world.main,
             **shared,
         )
+    train.keep_images("" if cfg.cache == "val" else cfg.cache, world)
+    val.keep_images("ram" if cfg.cache == "val" else cfg.cache, world)
     return train, val
 
 
@@ -209,7 +209,7 @@ def build_learner(
             wrapped = nn.SyncBatchNorm.convert_sync_batchnorm(wrapped)
         ids = [device.index] if device.type == "cuda" else None
         wrapped = nn.parallel.DistributedDataParallel(wrapped, device_ids=ids, static_graph=True)
-    return Learner(
+    learner = Learner(
         model=wrapped,
         criterion=criterion,
         optimizer=optimizer,
@@ -222,6 +222,21 @@ def build_learner(
         clip_grad=cfg.clip_grad,
         loss_gain=4.0 if cfg.quad else 1.0,
     )
+    if uses_graphs(cfg, device, world):
+        learner.use_graphs()
+    return learner
+
+
+def uses_graphs(cfg: TrainConfig, device: torch.device, world: World) -> bool:
+    """Whether steps become CUDA graphs: by default on one GPU. ConfigError where they cannot and were asked for."""
+    obstacle = ""
+    if device.type != "cuda":
+        obstacle = f"they need a CUDA device, not {device.type}"
+    elif world.size > 1:
+        obstacle = "they are for training in one process"
+    if obstacle and cfg.cuda_graphs == "on":
+        raise ConfigError(f"--cuda-graphs on: {obstacle}")
+    return not obstacle and cfg.cuda_graphs != "off"
 
 
 def draw_weights(train: DetectionDataset, class_maps: list[float], nc: int) -> np.ndarray:

@@ -167,8 +167,9 @@ def _learn(
         run.loader.set_weights(draw_weights(run.loader.dataset, run.progress.class_maps, run.model.nc))
     run.loader.set_epoch(epoch, done.batches if done else 0)
     log_header()
-    with watch.sampling():
-        result = train_one_epoch(run.learner, run.loader, epoch, run.cfg.epochs, multi_scale, done, termination.is_set)
+    result = train_one_epoch(
+        run.learner, run.loader, epoch, run.cfg.epochs, multi_scale, done, termination.is_set, watch
+    )
     if result.unfinished:
         save_and_end(run, epoch - 1, result.done, termination)
     return result
@@ -250,11 +251,9 @@ def _first_pictures(run: Run, logger: RunLogger) -> None:
         return
     run.loader.set_epoch(0)
     for index, batch in zip(range(3), run.loader):
-        picture = plot_batch(
-            batch.images, batch.targets, batch.paths, run.data.names, run.dir / f"train_batch{index}.jpg"
-        )
-        if picture is not None:
-            logger.image(f"train_batch{index}", picture)
+        file = run.dir / f"train_batch{index}.jpg"
+        picture = plot_batch(batch.images, batch.targets, batch.paths, run.data.names, file)
+        logger.image(file.stem, file, picture.shape[:2])
 
 
 def _log_epoch(

@@ -364,6 +364,7 @@ class TrainConfig:
     dcn_backend: str = "auto"
     close_mosaic: int = 0
     clip_grad: float = 10.0
+    cuda_graphs: str = "auto"
 
     def __post_init__(self) -> None:
         checks = [
@@ -380,6 +381,7 @@ class TrainConfig:
                 not (self.on_nan == "rollback" and self.nosave),
                 "--on-nan rollback needs the checkpoints that --nosave leaves out: leave out one of them",
             ),
+            (self.cuda_graphs in ("auto", "on", "off"), f"--cuda-graphs {self.cuda_graphs}: choose auto, on or off"),
             (self.workers >= 0, f"--workers {self.workers}: 0 or more"),
             (self.patience >= 0, f"--patience {self.patience}: 0 (never stop early) or more"),
             (0 <= self.label_smoothing < 1, f"--label-smoothing {self.label_smoothing}: between 0 and 1"),

@@ -49,8 +49,8 @@ class DcnWatch:
     """Statistics of every layer of ``model`` that has a ``conv_offset_mask`` branch (models.common.DCN).
 
     The branch is a convolution whose output (B, 3*K*G, H', W') holds (y, x) offsets in input pixels for K taps and G
-    groups, then K*G mask logits. Inside :meth:`sampling` every ``every``-th forward pass is measured, on the device
-    and without reading anything back; the others only count, and outside of it nothing is hooked.
+    groups, then K*G mask logits. Of the training steps that :meth:`step` surrounds every ``every``-th is measured, on
+    the device and without reading anything back; in the others nothing is hooked.
     """
 
     def __init__(self, model: nn.Module, every: int = 50) -> None:
@@ -60,17 +60,20 @@ class DcnWatch:
             if isinstance(getattr(module, "conv_offset_mask", None), nn.Module)
         }
         self.every = every
-        self._passes = dict.fromkeys(self.layers, 0)
+        self._steps = 0
         self._sums: dict[str, Tensor] = {}  # (5,) sums over samplings: mean |offset|, max, outside, mask, count
         self._geometry: dict[str, _Geometry] = {}
         self._warned: set[str] = set()
 
     @contextmanager
-    def sampling(self) -> Iterator[None]:
-        """Measure forward passes of the model made in this block (an epoch, a step)."""
-        handles = [branch.register_forward_hook(self._hook(name)) for name, branch in self.layers.items()]
+    def step(self) -> Iterator[bool]:
+        """Around one training step: yields whether it is one of those whose forward passes are measured."""
+        measured = bool(self.layers) and self._steps % self.every == 0
+        self._steps += 1
+        hooked = self.layers.items() if measured else ()
+        handles = [branch.register_forward_hook(self._hook(name)) for name, branch in hooked]
         try:
-            yield
+            yield measured
         finally:
             for handle in handles:
                 handle.remove()
@@ -117,9 +120,6 @@ class DcnWatch:
     def _hook(self, name: str):
         @torch.no_grad()
         def record(branch: nn.Conv2d, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            self._passes[name] += 1
-            if (self._passes[name] - 1) % self.every:
-                return
             geometry = _geometry(branch, inputs[0], output)
             row = _measure(output.detach(), geometry)
             before = self._sums.get(name)

@@ -31,6 +31,8 @@ class ModelEMA:
     def __init__(self, model: nn.Module, decay: float = 0.9999, tau: float = 2000, updates: int = 0) -> None:
         self.model = deepcopy(unwrap(model)).eval().float().requires_grad_(False)
         self.max_decay, self.tau, self.updates = decay, tau, updates
+        self._source: nn.Module | None = None
+        self._pairs: tuple[list[Tensor], list[Tensor]] = ([], [])  # averages, and the entries of _source they follow
 
     @property
     def decay(self) -> float:
@@ -41,14 +43,18 @@ class ModelEMA:
     def update(self, model: nn.Module) -> None:
         """Move the average towards ``model`` (wrapped or not), in one multi-tensor call."""
         self.updates += 1
-        current = unwrap(model).state_dict()
-        averages: list[Tensor] = []
-        values: list[Tensor] = []
-        for key, average in self.model.state_dict().items():
-            if average.is_floating_point():
-                averages.append(average)
-                values.append(current[key].to(average.dtype))
+        averages, current = self._following(unwrap(model))
+        values = [value.to(average.dtype) for average, value in zip(averages, current)]
         torch._foreach_lerp_(averages, values, 1 - self.decay)
+
+    def _following(self, source: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+        """The floating entries of both state dicts. Listed once for a model: that takes as long as the update, and
+        training changes them in place."""
+        if self._source is not source:
+            current = source.state_dict()
+            moving = {key: value for key, value in self.model.state_dict().items() if value.is_floating_point()}
+            self._source, self._pairs = source, (list(moving.values()), [current[key] for key in moving])
+        return self._pairs
 
     def load(self, state: dict[str, Tensor], updates: int) -> None:
         """Continue from a checkpoint: the averaged state dict and its number of updates."""

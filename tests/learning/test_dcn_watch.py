@@ -55,7 +55,7 @@ def test_statistics_are_the_written_out_ones(k, s, p, d, groups) -> None:
     layer = filled(DCN(4, 8, k, s, p, d, offset_groups=groups), 0.7)
     x = torch.randn(2, 4, 7, 10)
     watch = DcnWatch(nn.Sequential(layer))
-    with watch.sampling():
+    with watch.step():
         layer(x)
     found = watch.summary()["0"]
     expected = written_out(layer, x)
@@ -67,7 +67,7 @@ def test_statistics_are_the_written_out_ones(k, s, p, d, groups) -> None:
 def test_padding_alone_is_no_reason_to_warn(size: int, share: float) -> None:
     layer = DCN(4, 4, 3, 2)
     watch = DcnWatch(nn.Sequential(layer))
-    with watch.sampling():
+    with watch.step():
         layer(torch.randn(1, 4, size, size))
     summary = watch.summary()
     assert summary["0"]["outside"] == pytest.approx(summary["0"]["outside_at_rest"], abs=1e-6)
@@ -82,14 +82,14 @@ def test_an_escaping_layer_is_named_once() -> None:
         model[1].conv_offset_mask.bias[:18] = 20.0
     watch = DcnWatch(model, every=1)
     assert list(watch.layers) == ["0.conv", "1"]
-    with watch.sampling():
+    with watch.step():
         model(torch.randn(1, 3, 32, 64))
     lines = watch.warnings(watch.summary(), offset_lr=0.5)
     assert lines == [
         "DCN layer 1: 100% of its samples lie outside the image (mean |offset| 28.3 px on a 32x16 map): it is "
         "escaping; lower --dcn-offset-lr (now 0.5) or use --clip-grad"
     ]
-    with watch.sampling():
+    with watch.step():
         model(torch.randn(1, 3, 32, 64))
     assert watch.warnings(watch.summary()) == []
 
@@ -100,7 +100,7 @@ def test_nan_offsets_count_as_escaped() -> None:
     model = nn.Module()
     model.conv_offset_mask = branch
     watch = DcnWatch(model)
-    with watch.sampling():
+    with watch.step():
         branch(torch.zeros(1, 2, 8, 8))
     summary = watch.summary()
     assert summary[""]["outside"] == 1.0
@@ -113,11 +113,11 @@ def test_means_over_several_samplings_and_a_fresh_start_after_reading() -> None:
     single = []
     images = [torch.randn(1, 2, 8, 8) for _ in range(2)]
     for image in images:
-        with watch.sampling():
+        with watch.step():
             layer(image)
         single.append(watch.summary()["0"])
     for image in images:
-        with watch.sampling():
+        with watch.step():
             layer(image)
     both = watch.summary()["0"]
     assert both["mean_offset"] == pytest.approx((single[0]["mean_offset"] + single[1]["mean_offset"]) / 2)
@@ -125,22 +125,25 @@ def test_means_over_several_samplings_and_a_fresh_start_after_reading() -> None:
     assert watch.summary() == {}
 
 
-def test_only_every_nth_pass_is_measured() -> None:
+def test_only_every_nth_step_is_measured() -> None:
     layer = DCN(2, 2)
     watch = DcnWatch(nn.Sequential(layer), every=3)
-    with watch.sampling():
-        for step in range(7):
-            nn.init.constant_(layer.conv_offset_mask.bias, step)
+    measured = []
+    for step in range(7):
+        nn.init.constant_(layer.conv_offset_mask.bias, step)
+        with watch.step() as hooked:
+            measured.append(hooked)
             layer(torch.zeros(1, 2, 8, 8))
+    assert measured == [True, False, False, True, False, False, True]
     summary = watch.summary()["0"]
     assert summary["mean_offset"] == pytest.approx((0 + 3 + 6) / 3 * math.sqrt(2))
     assert summary["max_offset"] == pytest.approx(6 * math.sqrt(2))
 
 
-def test_outside_of_sampling_nothing_is_hooked() -> None:
+def test_outside_of_a_step_nothing_is_hooked() -> None:
     layer = DCN(2, 2)
     watch = DcnWatch(nn.Sequential(layer))
-    with pytest.raises(RuntimeError, match="stop"), watch.sampling():
+    with pytest.raises(RuntimeError, match="stop"), watch.step():
         raise RuntimeError("stop")
     layer(torch.zeros(1, 2, 4, 4))
     assert watch.summary() == {}
@@ -153,7 +156,7 @@ def test_watching_leaves_the_gradients_alone() -> None:
     plain = layer.weight.grad.clone()
     layer.zero_grad()
     watch = DcnWatch(layer)
-    with watch.sampling():
+    with watch.step():
         layer(x).sum().backward()
     assert torch.equal(layer.weight.grad, plain)
     assert not any(t.requires_grad for t in watch._sums.values())
@@ -161,4 +164,6 @@ def test_watching_leaves_the_gradients_alone() -> None:
 
 def test_a_model_without_deformable_layers_has_nothing_to_watch() -> None:
     watch = DcnWatch(nn.Sequential(nn.Conv2d(3, 3, 1)))
+    with watch.step() as measured:
+        assert not measured
     assert watch.layers == {} and watch.summary() == {} and watch.warnings({}) == []

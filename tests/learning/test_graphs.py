@@ -1,0 +1,131 @@
+"""Steps as CUDA graphs: the padding of targets changes no loss; on a GPU replayed steps equal launched ones."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from engine.graphs import pad_targets
+from engine.parts import Frame, build_learner, uses_graphs
+from models.common import DCN
+from models.yolo import DetectionModel
+from utils.config import Hyp, TrainConfig
+from utils.dist import World
+from utils.errors import ConfigError
+from utils.loss import DetectionLoss
+
+
+def made_up_targets(count: int, images: int, seed: int = 0) -> Tensor:
+    """(count, 6): image, class, cx, cy, w, h."""
+    random = torch.Generator().manual_seed(seed)
+    targets = torch.rand(count, 6, generator=random) * 0.4 + 0.3
+    targets[:, 0] = torch.randint(0, images, (count,), generator=random)
+    targets[:, 1] = torch.randint(0, 2, (count,), generator=random)
+    return targets
+
+
+@pytest.mark.parametrize(
+    ("count", "rows"), [(0, 128), (1, 128), (128, 128), (129, 256), (256, 256), (257, 512), (5000, 8192)]
+)
+def test_targets_are_filled_up(count: int, rows: int) -> None:
+    targets = made_up_targets(count, 2)
+    padded = pad_targets(targets)
+    assert padded.shape == (rows, 6)
+    assert torch.equal(padded[:count], targets) and not padded[count:].any()
+
+
+@pytest.mark.parametrize("count", [0, 1, 40])
+@pytest.mark.parametrize("sort_obj_iou", [False, True])
+def test_padding_changes_no_loss(count: int, sort_obj_iou: bool) -> None:
+    """Also where padding meets a target in cell 0 of image 0, which is where rows of zeros lie."""
+    anchors = torch.tensor([[[1.0, 1.5], [2.0, 1.0]], [[1.5, 1.5], [3.0, 2.0]]])
+    loss = DetectionLoss(anchors, [8, 16], 2, Hyp(), sort_obj_iou=sort_obj_iou)
+    targets = made_up_targets(count, 2)
+    if count:
+        targets[0] = torch.tensor([0, 0, 0.01, 0.01, 0.1, 0.15])
+    results = []
+    for rows in (targets, pad_targets(targets)):
+        torch.manual_seed(1)
+        raw = [torch.randn(2, 2, side, side, 7, requires_grad=True) for side in (16, 8)]
+        parts = loss(raw, rows)
+        parts.total.backward()
+        results.append((parts.total.detach(), parts.items, *(level.grad for level in raw)))
+    for plain, padded in zip(*results):
+        torch.testing.assert_close(padded, plain, rtol=1e-5, atol=1e-7)
+
+
+def test_where_graphs_are_used() -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda", 0)
+    cfg = {choice: TrainConfig(cuda_graphs=choice) for choice in ("auto", "on", "off")}
+    assert uses_graphs(cfg["auto"], cuda, World()) and uses_graphs(cfg["on"], cuda, World())
+    assert not uses_graphs(cfg["off"], cuda, World())
+    assert not uses_graphs(cfg["auto"], cpu, World())
+    assert not uses_graphs(cfg["auto"], cuda, World(size=2))
+    with pytest.raises(ConfigError, match="--cuda-graphs on: they need a CUDA device, not cpu"):
+        uses_graphs(cfg["on"], cpu, World())
+    with pytest.raises(ConfigError, match="--cuda-graphs on: they are for training in one process"):
+        uses_graphs(cfg["on"], cuda, World(size=2))
+    with pytest.raises(ConfigError, match="--cuda-graphs maybe: choose auto, on or off"):
+        TrainConfig(cuda_graphs="maybe")
+
+
+def train_a_little(name: str, graphs: str, steps: int = 18) -> tuple[list[float], dict[str, Tensor], int]:
+    """(losses, weights and statistics afterwards, graphs recorded) of ``steps`` batches of two shapes, the last of
+    every three a smaller one; a gradient norm in between."""
+    device = torch.device("cuda", 0)
+    torch.manual_seed(0)
+    model = DetectionModel(name, nc=2).to(device, memory_format=torch.channels_last)
+    cfg = TrainConfig(cfg=name, batch_size=32, imgsz=128, cuda_graphs=graphs, amp="off")
+    learner = build_learner(model, cfg, Hyp(), Frame(128, 32, 32, 32), 100, device, World())
+    model.train()
+    losses = []
+    for step in range(steps):
+        learner.schedule.apply(learner.optimizer, learner.schedule.at(0, 2 * step + 60))
+        random = torch.Generator(device).manual_seed(step)
+        batch = 2 if step % 3 == 2 else 4
+        images = torch.rand(batch, 3, 128, 128, device=device, generator=random).contiguous(
+            memory_format=torch.channels_last
+        )
+        parts = learner.backward(images, made_up_targets(20 + 40 * (step % 4), batch, step).to(device), step == 7)
+        losses += parts.items.tolist()
+        if step % 2:
+            learner.step()
+    state = {key: value.float().cpu() for key, value in model.state_dict().items()}
+    return losses, state, len(learner.graphs._recorded) if learner.graphs else 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["yolov5n.yaml", "yolov5n-dcn.yaml"])
+def test_replayed_steps_equal_launched_ones(name: str) -> None:
+    """Losses, weights, BN statistics and the number of batches seen: nothing is run for a recording alone."""
+    losses, state, none = train_a_little(name, "off")
+    again, replayed, graphs = train_a_little(name, "on")
+    assert none == 0 and graphs >= 3  # 4 and 2 images; up to 128 and up to 256 targets
+    assert again == pytest.approx(losses, rel=0.05)  # atomics differ in the last bits, training amplifies
+    for key, value in state.items():
+        torch.testing.assert_close(replayed[key], value, rtol=2e-2, atol=2e-3, msg=key)
+
+
+@pytest.mark.gpu
+def test_a_model_that_cannot_be_recorded_goes_on(caplog: pytest.LogCaptureFixture, monkeypatch) -> None:
+    """A layer that waits for the device: one warning, and steps as before."""
+    monkeypatch.setattr(DCN, "forward", lambda self, x, forward=DCN.forward: forward(self, x * float(x.mean() < 9)))
+    with caplog.at_level("WARNING"):
+        losses, _, graphs = train_a_little("yolov5n-dcn.yaml", "on", steps=5)
+    assert graphs == 0 and len(losses) == 15
+    assert sum("cannot be recorded" in record.message for record in caplog.records) == 1
+    assert torch.ones(2, device="cuda").sum().item() == 2
+
+
+@pytest.mark.gpu
+def test_graphs_share_their_memory_with_launched_steps() -> None:
+    """Three graphs and the launched steps around them take little more than launched steps alone."""
+    peaks = []
+    for graphs in ("off", "on"):
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_reserved()
+        torch.cuda.reset_peak_memory_stats()
+        train_a_little("yolov5s.yaml", graphs)
+        peaks.append(torch.cuda.max_memory_reserved() - before)
+    assert peaks[1] < 1.25 * peaks[0]

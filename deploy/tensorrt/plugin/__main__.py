@@ -33,8 +33,8 @@ def build_parser() -> Parser:
     arch = "compute capabilities (default: 75 80 86 89 90 120)"
     parser.add_argument("--arch", type=int, nargs="+", default=[], metavar="N", help=arch)
     parser.add_argument("--types", nargs="+", choices=TYPES, default=list(TYPES), help="(default: all)")
-    headers = "folder of TensorRT's headers (default: declarations of our own)"
-    parser.add_argument("--tensorrt", default="", metavar="DIR", help=headers)
+    headers = "folder of TensorRT's headers, and of CUDA's if not /usr/local/cuda (default: declarations of our own)"
+    parser.add_argument("--tensorrt", nargs="+", default=[], metavar="DIR", help=headers)
     parser.add_argument(
         "--compiler", default=os.environ.get("CXX", "c++"), metavar="C++", help="(default: $CXX or c++)"
     )
@@ -59,7 +59,7 @@ def main(argv: Sequence[str]) -> int:
     layers = dict.fromkeys(layer for name in args.weights for layer in layers_of(_model(name)))
     architectures = tuple(sorted(set(args.arch or ARCHITECTURES)))
     options = PluginOptions(
-        tuple(layers), tuple(dict.fromkeys(args.types)), architectures, args.tensorrt, args.compiler
+        tuple(layers), tuple(dict.fromkeys(args.types)), architectures, tuple(args.tensorrt), args.compiler
     )
     told = f"{len(layers)} layers of their own, {', '.join(options.types)}, for {' '.join(map(str, architectures))}"
     if args.kernels:

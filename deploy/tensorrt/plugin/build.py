@@ -13,25 +13,27 @@ from deploy.tensorrt.plugin import compile as kernels
 from models.common import DCN
 from models.ops.geometry import Geometry
 from models.yolo import DetectionModel
-from utils.errors import ConfigError, ExportError, MissingPackage
+from utils.errors import ConfigError, ExportError, MissingPackage, ResourceError
 from utils.files import atomic_open
 
 HERE = Path(__file__).resolve().parent
 SOURCES = ("plugin.cpp", "kernels.cpp", "driver.cpp")
 FLAGS = ("-std=c++17", "-O2", "-Wall", "-Wextra", "-fPIC", "-shared", "-fno-exceptions", "-fvisibility=hidden")
+CUDA_INCLUDE = "/usr/local/cuda/include"
+"""TensorRT's headers include one of CUDA's."""
 OURS = "-Werror"
 """Against our own declarations; TensorRT's headers warn of what they deprecate."""
 
 
 @dataclass(frozen=True)
 class PluginOptions:
-    """``layers`` that get kernels of their own; ``include``: folder of TensorRT's headers, empty for our own
-    declarations; ``compiler``: a command; ``tiles``: to try others for ``layers``."""
+    """``layers`` that get kernels of their own; ``include``: folders of TensorRT's headers and of CUDA's, empty for our
+    own declarations; ``compiler``: a command; ``tiles``: to try others for ``layers``."""
 
     layers: tuple[Geometry, ...] = ()
     types: tuple[str, ...] = tuple(kernels.TYPES)
     architectures: tuple[int, ...] = kernels.ARCHITECTURES
-    include: str = ""
+    include: tuple[str, ...] = ()
     compiler: str = "c++"
     tiles: Mapping[str, int] = field(default_factory=dict)
 
@@ -69,24 +71,28 @@ def build_library(target: str | Path, options: PluginOptions, progress=lambda te
     """Write the library ``target``; returns how many kernels it holds.
 
     Raises ConfigError as :func:`write_kernels` and for a folder without TensorRT's headers, MissingPackage without a
-    C++ compiler, ExportError with its first line where it fails.
+    C++ compiler, ExportError with its first line where it fails, ResourceError for a folder that takes no file.
     """
-    if options.include and not (Path(options.include) / "NvInferRuntime.h").is_file():
-        raise ConfigError(
-            f"--tensorrt {options.include}: no NvInferRuntime.h there; give the folder of TensorRT's headers"
-        )
-    with tempfile.TemporaryDirectory() as folder, atomic_open(target) as file:
-        count = write_kernels(Path(folder), options, progress)
-        progress("C++")
-        library = Path(folder) / "library.so"
-        compile_sources([*(HERE / name for name in SOURCES), Path(folder) / "kernels.S"], library, folder, options)
-        file.write(library.read_bytes())
+    if options.include and not any((Path(folder) / "NvInferRuntime.h").is_file() for folder in options.include):
+        folders = " ".join(options.include)
+        raise ConfigError(f"--tensorrt {folders}: no NvInferRuntime.h there; give the folder of TensorRT's headers")
+    try:
+        with tempfile.TemporaryDirectory() as folder, atomic_open(target) as file:
+            count = write_kernels(Path(folder), options, progress)
+            progress("C++")
+            library = Path(folder) / "library.so"
+            compile_sources([*(HERE / name for name in SOURCES), Path(folder) / "kernels.S"], library, folder, options)
+            file.write(library.read_bytes())
+    except OSError as error:
+        raise ResourceError(f"{target}: cannot be written ({error.strerror}); give another folder") from error
     return count
 
 
 def compile_sources(sources: Iterable[Path], library: Path, kernels_folder: str | Path, options: PluginOptions) -> None:
     """Raises MissingPackage, ExportError."""
-    headers = ["-DDCNV2_TENSORRT_HEADERS", f"-I{options.include}"] if options.include else [OURS]
+    headers = [OURS]
+    if options.include:
+        headers = ["-DDCNV2_TENSORRT_HEADERS", *(f"-isystem{folder}" for folder in (*options.include, CUDA_INCLUDE))]
     compiler = shlex.split(options.compiler)
     command = [*compiler, *FLAGS, *headers, f"-I{HERE}", f"-I{kernels_folder}", *map(str, sources), "-ldl"]
     try:

@@ -38,8 +38,9 @@ CHANNELS = NUMBERS[:6]
 ALIGNED = 8
 """Channels that 16 bytes hold in half precision: layers all of whose CHANNELS are multiples get wider loads."""
 BLOCK = {ADD_UP: 1024, TRANSPOSE: 32}
-ANY = Geometry((1, 1), (1, 1), (1, 1), (3, 3), 256, 256, 1, 1, False)
-"""Its tiles are those of the kernels for any layer."""
+ANY = {ALIGNED: Geometry((1, 1), (1, 1), (1, 1), (3, 3), 256, 256, 1, 1, False)}
+ANY[1] = replace(ANY[ALIGNED], outputs=64)
+"""Their tiles are those of the kernels for any layer; code without wide loads grows with the tile."""
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,8 @@ def variants(
         for type in types:
             for geometry in layers:
                 yield from _both(Variant(FORWARD, type, architecture, numbers_of(geometry)), geometry, tiles)
-            for multiple in (ALIGNED, 1):
-                yield from _both(Variant(FORWARD, type, architecture, (), multiple), ANY, {})
+            for multiple in ANY:
+                yield from _both(Variant(FORWARD, type, architecture, (), multiple), ANY[multiple], {})
             yield Variant(ADD_UP, type, architecture)
         for type in {min(TYPES[type].itemsize, 4): type for type in types}.values():
             for multiple in (ALIGNED, 1):
@@ -99,6 +100,8 @@ def variants(
 
 def _both(variant: Variant, geometry: Geometry, tiles: Mapping[str, int]) -> Iterator[Variant]:
     usual = forward_tiles(geometry, TYPES[variant.type], SHARED[variant.architecture])
+    if variant.architecture < 80:  # without its products in registers by fours, a wider tile does not fit them
+        usual["BN0"], usual["BN1"] = min(128, usual["BN0"]), 0 if usual["BN0"] > 128 else usual["BN1"]
     for kind in (FORWARD, PARTIAL):
         yield replace(variant, kind=kind, tiles=tuple({**usual, **tiles}.items()))
 

@@ -66,9 +66,9 @@ class Shapes(ctypes.Structure):
         return made
 
 
-def build_harness(target: Path, include: str = "") -> None:
+def build_harness(target: Path) -> None:
     """Compile harness.cpp into the shared library ``target``. Raises MissingPackage, ExportError."""
-    compile_sources([HERE / "harness.cpp"], target, HERE, PluginOptions(include=include))
+    compile_sources([HERE / "harness.cpp"], target, HERE, PluginOptions())
 
 
 class Harness:
@@ -142,15 +142,14 @@ class Plugin:
     def shape_change(self, shapes: Shapes) -> bool:
         return self.calls.shape_change(self.handle, ctypes.byref(shapes)) == 0
 
-    def enqueue(self, shapes: Shapes, inputs: Sequence[Tensor], out: Tensor, workspace: Tensor) -> bool:
-        """On torch's current stream."""
+    def enqueue(
+        self, shapes: Shapes, inputs: Sequence[Tensor], out: Tensor, workspace: Tensor, stream: int | None = None
+    ) -> bool:
+        """On torch's current stream, or the given one."""
         pointers = (ctypes.c_void_p * len(inputs))(*(tensor.data_ptr() for tensor in inputs))
-        places = (ctypes.c_void_p(each) for each in (out.data_ptr(), workspace.data_ptr(), _stream()))
+        stream = torch.cuda.current_stream().cuda_stream if stream is None else stream
+        places = (ctypes.c_void_p(each) for each in (out.data_ptr(), workspace.data_ptr(), stream))
         return self.calls.enqueue(self.handle, ctypes.byref(shapes), pointers, *places) == 0
-
-
-def _stream() -> int:
-    return torch.cuda.current_stream().cuda_stream
 
 
 def _listed(fields) -> list[tuple[str, int, tuple[int, ...]]]:

@@ -1,6 +1,6 @@
-// A CUDA driver for a machine without a GPU, of which the plugin takes for real: memory is the host's, a launch computes
-// at once, in plain loops, what the kernel of that name does for the arguments it gets. What is checked so is all that
-// the plugin does around its kernels: which one, with which arguments, where in the workspace, how many programs.
+// A CUDA driver for a machine without a GPU: memory is the host's, and a launch computes at once, in plain loops, what
+// the kernel of that name does with the arguments that it gets. "Code" is text that says which kernel it is. So what is
+// checked is all that the plugin does around its kernels: which it takes, its arguments, workspace and programs.
 // FAKE_CAPABILITY (90): compute capability; FAKE_FAIL: name of the function that fails; FAKE_LOG: file that each launch
 // leaves a line in.
 #include <cmath>
@@ -9,7 +9,6 @@
 #include <cstdlib>
 #include <cstring>
 #include <string>
-#include <vector>
 
 #define EXPORTED extern "C" __attribute__((visibility("default")))
 
@@ -47,7 +46,7 @@ void store(void *p, int64_t i, int type, float value) {
   }
 }
 
-struct Kernel {  // what the test says of the code at an address, in place of code
+struct Kernel {  // what the text says
   std::string name;
   int kind = 0, type = 0, fixed = 0, numbers[15] = {}, patch = 0, across = 0, outputs = 0, shared = 0, threads = 0;
 };
@@ -145,7 +144,6 @@ EXPORTED int cuDeviceGetAttribute(int *value, int attribute, int) {
   return 0;
 }
 
-// The test writes libraries whose "code" of a kernel is the text of its row in the table.
 EXPORTED int cuLibraryLoadData(void **library, void const *code, void *, void *, unsigned, void *, void *, unsigned) {
   if (fails("cuLibraryLoadData")) return 1;
   auto *k = new Kernel;

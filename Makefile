@@ -5,7 +5,7 @@ PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 RUN    := $(VENV)/.installed-for-running
 
-.PHONY: setup demo test test-gpu lint format bench fuzz faults clean
+.PHONY: setup demo test test-deploy test-gpu lint format bench fuzz faults clean
 
 setup: $(STAMP)
 
@@ -22,6 +22,9 @@ $(RUN): requirements.txt | $(PY)
 
 test: setup lint
 	$(PY) -m pytest
+
+test-deploy: setup
+	$(PY) -m pytest -m deploy
 
 test-gpu: setup
 	$(PY) -m pytest -m gpu

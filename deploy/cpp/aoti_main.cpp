@@ -18,6 +18,7 @@ std::string first_line(const std::string& text) { return text.substr(0, text.fin
 class PackageModel : public dcn::Model {
   public:
     explicit PackageModel(const dcn::Options& options) : path_(options.model), device_(device_of(options)) {
+        if (!options.plugin.empty()) throw dcn::Fault("--plugin: for engines of TensorRT; a package needs none");
         try {
             at::empty({1}, device_);  // starts CUDA, which a package takes for granted
             loader_ = std::make_unique<AOTIModelPackageLoader>(path_, "model", false, 1, device_.index());

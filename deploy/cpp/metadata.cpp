@@ -116,7 +116,7 @@ class Reader {
             return;
         }
         const int more = code < 0x800 ? 1 : code < 0x10000 ? 2 : 3;
-        text += static_cast<char>((0xF00 >> more & 0xFF) | code >> 6 * more);
+        text += static_cast<char>((0xFF00 >> (more + 1) & 0xFF) | code >> 6 * more);
         for (int i = more - 1; i >= 0; --i) text += static_cast<char>(0x80 | (code >> 6 * i & 0x3F));
     }
 
@@ -124,6 +124,18 @@ class Reader {
     const std::string& source_;
     std::size_t at_ = 0;
 };
+
+// A class name for a terminal and a picture: cut at a letter's end, control characters shown and not obeyed.
+std::string shown(std::string name) {
+    if (name.size() > kMaxName) {
+        std::size_t size = kMaxName;
+        while (size > 0 && (static_cast<unsigned char>(name[size]) & 0xC0) == 0x80) --size;
+        name.resize(size);
+    }
+    for (char& c : name)
+        if (static_cast<unsigned char>(c) < 0x20 || c == 0x7F) c = '?';
+    return name;
+}
 
 }  // namespace
 
@@ -141,6 +153,39 @@ std::map<std::string, std::string> parse_texts(const std::string& json, const st
     }
     reader.end();
     return found;
+}
+
+Maker parse_maker(const std::string& json, const std::string& source) {
+    Reader reader(json, source);
+    Maker maker;
+    reader.expect('{');
+    do {
+        const std::string key = reader.string();
+        reader.expect(':');
+        if (key == "module") {
+            maker.module = reader.string();
+        } else if (key == "version") {
+            maker.version = reader.string();
+        } else if (key == "targets") {
+            reader.expect('[');
+            if (reader.take(']')) continue;
+            do maker.targets.push_back(reader.whole(0, 10000));
+            while (reader.take(','));
+            reader.expect(']');
+        } else {
+            reader.refuse();
+        }
+    } while (reader.take(','));
+    reader.expect('}');
+    reader.end();
+    return maker;
+}
+
+std::string Maker::text() const {
+    std::string cards;
+    for (int target : targets)
+        cards += (cards.empty() ? "" : ", ") + std::to_string(target / 10) + "." + std::to_string(target % 10);
+    return module + " " + version + " for compute capability " + (cards.empty() ? "unknown" : cards);
 }
 
 Metadata parse_metadata(const std::map<std::string, std::string>& entries, const std::string& source) {
@@ -175,7 +220,7 @@ Metadata parse_metadata(const std::map<std::string, std::string>& entries, const
     });
     one("names", "", [&](Reader& r) {
         r.expect('[');
-        do meta.names.push_back(r.string().substr(0, kMaxName));
+        do meta.names.push_back(shown(r.string()));
         while (r.take(',') && meta.names.size() < kMaxClasses);
         r.expect(']');
         return true;

@@ -19,6 +19,16 @@ struct Metadata {
 // Throws Fault, naming `source`, for entries that are missing or cannot be.
 Metadata parse_metadata(const std::map<std::string, std::string>& entries, const std::string& source);
 
+// What built an engine: the Python module, its version, the compute capabilities that it is for (89: 8.9).
+struct Maker {
+    std::string module, version;
+    std::vector<int> targets;
+
+    std::string text() const;
+};
+
+Maker parse_maker(const std::string& json, const std::string& source);
+
 // A JSON object whose values are all texts. Throws Fault, naming `source`.
 std::map<std::string, std::string> parse_texts(const std::string& json, const std::string& source);
 

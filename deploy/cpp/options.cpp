@@ -83,6 +83,7 @@ const std::map<std::string, Setter>& flags() {
         {"--project", text(&Options::project)},
         {"--name", text(&Options::name)},
         {"--device", text(&Options::device)},
+        {"--plugin", text(&Options::plugin)},
         {"--exist-ok", truth(&Options::exist_ok)},
         {"--nosave", truth(&Options::save_pictures, false)},
         {"--save-txt", truth(&Options::save_text)},
@@ -125,6 +126,7 @@ std::string usage(const std::string& program, const std::string& model) {
            "  --imgsz N [N]       size of the input, for files that take any (640)\n"
            "  --batch-size N      pictures at once, for files that take several (1)\n"
            "  --device D          cpu, 0, 1, ... (what the file was made for)\n"
+           "  --plugin FILE       library of plugins that an .engine needs\n"
            "  --project DIR --name NAME --exist-ok    where results go (runs/detect/exp, exp2, ...)\n"
            "  --save-txt --save-conf                  labels/NAME.txt: class cx cy w h [confidence]\n"
            "  --nosave                                no annotated pictures\n"

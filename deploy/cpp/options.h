@@ -9,7 +9,7 @@ namespace dcn {
 
 struct Options {
     std::string model, source;  // source: a folder of pictures, or one picture
-    std::string project = "runs/detect", name = "exp", device;
+    std::string project = "runs/detect", name = "exp", device, plugin;
     int frame_height = 640, frame_width = 640;  // of files that take any size
     int batch = 1;                              // pictures at once, where the file takes several
     int line_width = 0;                         // 0 follows the size of the picture

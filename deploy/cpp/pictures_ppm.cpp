@@ -46,15 +46,20 @@ Picture read_picture(const std::string& path) {
     return picture;
 }
 
+// As OpenCV draws rectangles: lines of an odd number of pixels, round corners.
 void draw(Picture& picture, const std::vector<Mark>& marks, int line_width) {
-    for (const Mark& mark : marks)
-        for (int y = std::max(mark.y1 - line_width / 2, 0); y <= std::min(mark.y2 + line_width / 2, picture.height - 1); ++y)
-            for (int x = std::max(mark.x1 - line_width / 2, 0); x <= std::min(mark.x2 + line_width / 2, picture.width - 1); ++x) {
+    const int reach = line_width == 1 ? 0 : (line_width + 1) / 2;
+    for (const Mark& mark : marks) {
+        const auto outside = [](int at, int low, int high) { return std::max({low - at, at - high, 0}); };
+        for (int y = std::max(mark.y1 - reach, 0); y <= std::min(mark.y2 + reach, picture.height - 1); ++y)
+            for (int x = std::max(mark.x1 - reach, 0); x <= std::min(mark.x2 + reach, picture.width - 1); ++x) {
+                const int dx = outside(x, mark.x1, mark.x2), dy = outside(y, mark.y1, mark.y2);
                 const int inside = std::min({x - mark.x1, mark.x2 - x, y - mark.y1, mark.y2 - y});
-                if (inside > line_width / 2) continue;
+                if (inside > reach || dx * dx + dy * dy > reach * reach) continue;
                 std::uint8_t* pixel = picture.row(y) + 3 * x;
                 pixel[0] = mark.colour.red, pixel[1] = mark.colour.green, pixel[2] = mark.colour.blue;
             }
+    }
 }
 
 std::string suffix_for(const std::string&) { return ".ppm"; }

@@ -43,8 +43,8 @@ def load_tensorrt(name: str = "") -> ModuleType:
 
 
 class TensorRtNetwork(Backend):
-    """Handles are ITensors. Deformable layers are put together from GridSample, which is TensorRT's own; a back end
-    with a plugin for them derives from this one, sets ``has_deform_conv`` and adds the plugin in ``deform_conv``."""
+    """Handles are ITensors. Deformable layers are put together from GridSample, which is TensorRT's own; with our plugin
+    they are built by plugin_backend.py."""
 
     def __init__(self, trt: ModuleType, options: EngineOptions) -> None:
         self.trt, self.options = trt, options

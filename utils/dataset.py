@@ -34,8 +34,9 @@ from utils.augmentations import (
     warp_labels,
 )
 from utils.config import Hyp
+from utils.dist import World
 from utils.errors import DataError
-from utils.image_cache import make_cache
+from utils.image_cache import NoCache, make_cache
 from utils.images import read_at_least, read_image
 from utils.label_cache import scan_labels
 from utils.mosaic import mosaic
@@ -143,8 +144,15 @@ class DetectionDataset(Dataset):
         self.resized = resized_shapes(index.sizes, imgsz)
         # what is to be enlarged is enlarged by the augmentation itself, from the file's own pixels
         self.loaded = np.minimum(self.resized, index.sizes[:, ::-1]) if augment else self.resized
-        variant = "reduced" if augment else "area"
-        self.cache = make_cache(cache, index.paths, self.loaded, self._read, variant, f"{prefix}: " if prefix else "")
+        self.prefix = f"{prefix}: " if prefix else ""
+        self.cache = NoCache()
+        self.keep_images(cache)
+
+    def keep_images(self, kind: str, world: World = World()) -> None:
+        """Fill the cache ``kind``: '', 'ram' or 'disk'. Every process of ``world`` calls this for the same images, and
+        those of one machine share them."""
+        variant = "reduced" if self.augment else "area"
+        self.cache = make_cache(kind, self.index.paths, self.loaded, self._read, variant, self.prefix, world)
 
     def __len__(self) -> int:
         return len(self.index)

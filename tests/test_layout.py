@@ -22,11 +22,11 @@ utils.signals utils.safe_names models.ops.precision models.ops.layout models.ops
 models.ops.dcn_launch models.ops.dcn_cuda utils.pickle_records
 models.ops.dcn_op utils.torch_tensors utils.pickle_reader
 utils.errors utils.console utils.boxes utils.augmentations utils.frames utils.crops utils.label_index \
-    utils.assign utils.autoanchor utils.dcn_watch utils.early_stopping utils.ema utils.nan_search utils.stages \
-    utils.torch_legacy models.activations models.ops.deform_conv
-utils.files utils.torch_file utils.npz utils.device utils.dist utils.images utils.label_table utils.labels utils.mosaic \
-    utils.plots utils.curves utils.metrics utils.confusion utils.coco utils.optim utils.autobatch utils.streams \
-    models.common models.head
+    utils.device_augment utils.assign utils.autoanchor utils.batched_nms utils.dcn_watch utils.early_stopping \
+    utils.ema utils.nan_search utils.stages utils.torch_legacy models.activations models.ops.deform_conv
+utils.files utils.torch_file utils.npz utils.device utils.dist utils.images utils.label_table utils.labels \
+    utils.mosaic utils.plots utils.curves utils.metrics utils.confusion utils.coco utils.optim utils.autobatch \
+    utils.streams models.common models.head
 utils.config utils.checkpoint utils.wts utils.loggers utils.label_cache utils.sources models.extra models.ghost \
     models.transformer models.spec models.surgery models.deform models.summary models.results
 utils.cli utils.nms utils.check_data utils.image_cache utils.loss utils.schedule models.parser models.map_size \

@@ -44,10 +44,12 @@ def match_predictions(detections: np.ndarray, labels: np.ndarray, thresholds: np
     iou = box_iou(detections[:, :4], labels[:, 1:5])
     iou = torch.where(detections[:, 5:6] == labels[None, :, 0], iou, -1.0)
     best_iou, best_label = (x.numpy() for x in iou.max(1))
-    for column, threshold in enumerate(thresholds):
-        able = np.flatnonzero(best_iou >= threshold)
-        _, first = np.unique(best_label[able], return_index=True)
-        correct[able[first], column] = True
+    order = np.argsort(best_label, kind="stable")  # label by label, by falling confidence within
+    able = best_iou[order, None] >= thresholds
+    so_far = able.cumsum(0)
+    starts = np.searchsorted(best_label[order], best_label[order])  # where each one's label begins
+    before = np.where(starts[:, None] > 0, so_far[starts - 1], 0)
+    correct[order] = able & (so_far - before == 1)
     return correct
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from utils.batched_nms import suppress
 from utils.boxes import cxcywh_to_xyxy
 from utils.config import check_thresholds
 
@@ -46,17 +47,48 @@ def non_max_suppression(
     """
     check_thresholds(conf_thres, iou_thres, max_det)
     multi_label = multi_label and pred.shape[2] > 6
+    if _goes_at_once(pred.device):
+        return _all_at_once(pred, conf_thres, iou_thres, classes, agnostic, multi_label, max_det, labels)
     found = []
     for index, rows in enumerate(pred):
         rows = rows[rows[:, 4] > conf_thres].float()
         if len(labels):
             rows = torch.cat((rows, _label_rows(labels[index].to(rows), rows.shape[1])))
-        candidates = _candidates(rows, conf_thres, multi_label)
-        if classes is not None:
-            wanted = torch.as_tensor(list(classes), device=rows.device, dtype=candidates.dtype)
-            candidates = candidates[torch.isin(candidates[:, 5], wanted)]
+        candidates, _ = _candidates(rows, conf_thres, multi_label, classes)
         found.append(_suppress(candidates, iou_thres, agnostic, max_det))
     return found
+
+
+def _goes_at_once(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+def _all_at_once(pred, conf_thres, iou_thres, classes, agnostic, multi_label, max_det, labels) -> list[Tensor]:
+    """The same for all images together: a GPU is waited for some ten times, not at every step of every image."""
+    alive = pred[..., 4] > conf_thres
+    rows, images = pred[alive].float(), alive.nonzero()[:, 0]
+    if len(labels):
+        given = [_label_rows(label.to(rows), rows.shape[1]) for label in labels]
+        numbers = [images.new_full((len(label),), index) for index, label in enumerate(labels)]
+        rows, images = torch.cat((rows, *given)), torch.cat((images, *numbers))
+    candidates, row = _candidates(rows, conf_thres, multi_label, classes)
+    images = images[row]
+    order = candidates[:, 4].argsort(descending=True, stable=True)
+    order = order[images[order].argsort(stable=True)]
+    candidates, images = candidates[order], images[order]
+    boxes = candidates[:, :4]
+    if not agnostic:
+        boxes = _apart(boxes, candidates[:, 5:6], images, len(pred))
+    kept = suppress(boxes, images, len(pred), iou_thres, MAX_CANDIDATES, max_det)
+    return [candidates[indices] for indices in kept]
+
+
+def _apart(boxes: Tensor, classes: Tensor, images: Tensor, count: int) -> Tensor:
+    """Boxes moved by class: at least by CLASS_OFFSET, and by as much as an image is wide, or classes would meet."""
+    low, high = boxes.new_full((count,), torch.inf), boxes.new_full((count,), -torch.inf)
+    low = low.scatter_reduce(0, images, boxes.amin(1), "amin")
+    high = high.scatter_reduce(0, images, boxes.amax(1), "amax")
+    return boxes + classes * (high - low).clamp(min=CLASS_OFFSET)[images, None]
 
 
 def _label_rows(labels: Tensor, width: int) -> Tensor:
@@ -68,16 +100,20 @@ def _label_rows(labels: Tensor, width: int) -> Tensor:
     return rows
 
 
-def _candidates(rows: Tensor, conf_thres: float, multi_label: bool) -> Tensor:
-    """(n, 5+nc) -> (k, 6) corner box, score, class: those above the threshold and finite."""
+def _candidates(
+    rows: Tensor, conf_thres: float, multi_label: bool, classes: Sequence[int] | None
+) -> tuple[Tensor, Tensor]:
+    """(n, 5+nc) -> (k, 6) corner box, score, class, of those above the threshold, finite and wanted; (k,) their row."""
     scores = rows[:, 5:] * rows[:, 4:5]
     boxes = cxcywh_to_xyxy(rows[:, :4])
-    finite = boxes.isfinite().all(1, keepdim=True)
-    if multi_label:
-        row, cls = ((scores > conf_thres) & finite).nonzero(as_tuple=True)
-        return torch.cat((boxes[row], scores[row, cls, None], cls[:, None].to(boxes.dtype)), 1)
-    best, cls = scores.max(1, keepdim=True)
-    return torch.cat((boxes, best, cls.to(boxes.dtype)), 1)[((best > conf_thres) & finite)[:, 0]]
+    good = (scores > conf_thres) & boxes.isfinite().all(1, keepdim=True)
+    if not multi_label:
+        good &= torch.zeros_like(good).scatter_(1, scores.argmax(1, keepdim=True), True)
+    if classes is not None:
+        wanted = torch.as_tensor(list(classes), device=rows.device, dtype=torch.long)
+        good &= torch.isin(torch.arange(scores.shape[1], device=rows.device), wanted)
+    row, cls = good.nonzero(as_tuple=True)
+    return torch.cat((boxes[row], scores[row, cls, None], cls[:, None].to(boxes.dtype)), 1), row
 
 
 def _suppress(candidates: Tensor, iou_thres: float, agnostic: bool, max_det: int) -> Tensor:
@@ -87,9 +123,7 @@ def _suppress(candidates: Tensor, iou_thres: float, agnostic: bool, max_det: int
     candidates = candidates[candidates[:, 4].argsort(descending=True, stable=True)[:MAX_CANDIDATES]]
     boxes = candidates[:, :4]
     if not agnostic:
-        # Wider than the offset, images would let neighbouring classes meet: then the offset grows with them.
-        offset = (boxes.max() - boxes.min()).clamp(min=CLASS_OFFSET)
-        boxes = boxes + candidates[:, 5:6] * offset
+        boxes = _apart(boxes, candidates[:, 5:6], candidates.new_zeros(len(boxes), dtype=torch.long), 1)
     # Block by block, by falling score: what survived so far meets the next block. The survivors are those of one call
     # with everything, which would compare each box with all others: its cost grows with the square.
     nms, kept = _kernel(), torch.arange(0, device=boxes.device)

@@ -1,4 +1,5 @@
-"""NMS against upstream's kept rows, and the promises upstream does not make."""
+"""NMS against upstream's kept rows, and the promises upstream does not make; each test by both ways of going through a
+batch, image by image as on a CPU and all at once as on a GPU."""
 
 import json
 import os
@@ -11,12 +12,18 @@ import pytest
 import torch
 from torchvision.ops import batched_nms
 
+from utils import batched_nms as at_once_module
 from utils import nms as nms_module
 from utils.errors import ConfigError
 from utils.nms import non_max_suppression
 
 REFERENCE = Path(__file__).parents[1] / "reference"
 CASES = json.loads((REFERENCE / "nms.json").read_text())
+
+
+@pytest.fixture(params=["image by image", "at once"], autouse=True)
+def way(request, monkeypatch):
+    monkeypatch.setattr(nms_module, "_goes_at_once", lambda device: request.param == "at once")
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +98,8 @@ def test_blocks_change_nothing(monkeypatch, block, max_det):
     pred = torch.rand(2, 200, 9, generator=generator)
     pred[..., :4] *= 100
     monkeypatch.setattr(nms_module, "BLOCK", block)
+    monkeypatch.setattr(at_once_module, "BLOCK", block)
+    monkeypatch.setattr(at_once_module, "MOST_PAIRS", 500_000)  # images in portions, or one by one
     out = non_max_suppression(pred, 0.01, 0.5, multi_label=True, max_det=max_det)
     for rows, mine in zip(pred, out):
         scores = rows[:, 5:] * rows[:, 4:5]
@@ -98,6 +107,30 @@ def test_blocks_change_nothing(monkeypatch, block, max_det):
         boxes = torch.cat((rows[row, :2] - rows[row, 2:4] / 2, rows[row, :2] + rows[row, 2:4] / 2), 1)
         kept = batched_nms(boxes, scores[row, cls], cls, 0.5)[:max_det]
         assert torch.allclose(mine[:, :4], boxes[kept]) and torch.equal(mine[:, 5], cls[kept].float())
+
+
+def chain(length, step=4.0):
+    """Boxes in a row, each overlapping its neighbours only: every second one stays, and each depends on all before."""
+    return torch.stack([box(20 + step * i, 20, 0.9 - 0.001 * i) for i in range(length)])
+
+
+def test_long_chains_of_suppression():
+    (out,) = non_max_suppression(chain(101)[None], iou_thres=0.4)  # neighbours: 6/14, next but one: 2/18
+    assert out[:, 4].tolist() == pytest.approx([0.9 - 0.001 * i for i in range(0, 101, 2)])
+
+
+def test_images_do_not_meet():
+    """Images with many, few and no boxes in one batch, equal to each alone."""
+    generator = torch.Generator().manual_seed(2)
+    pred = torch.rand(5, 300, 8, generator=generator)
+    pred[..., :4] *= 80
+    pred[1, :, 4] = 0
+    pred[3, 5:, 4] = 0
+    together = non_max_suppression(pred, 0.1, 0.5, multi_label=True, max_det=40)
+    for image, rows in zip(pred, together):
+        (alone,) = non_max_suppression(image[None], 0.1, 0.5, multi_label=True, max_det=40)
+        assert torch.equal(rows, alone)
+    assert [len(rows) for rows in together][1] == 0 and len(together[0]) == 40
 
 
 def test_half_precision_input_gives_float32():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -103,23 +104,28 @@ def _header(path: Path, file: BinaryIO, line: int) -> tuple[str, int]:
     return name, int(words[1])
 
 
-_NIBBLES = np.full(256, 255, np.uint8)
-_NIBBLES[np.frombuffer(b"0123456789abcdef", np.uint8)] = np.arange(16)
-_NIBBLES[np.frombuffer(b"ABCDEF", np.uint8)] = np.arange(10, 16)
+@lru_cache(maxsize=1)
+def _pairs() -> np.ndarray:
+    """(65536,) int16: the byte that two hex digits make, read together as a little-endian number; -1 for all others."""
+    digits = {character: int(character, 16) for character in "0123456789abcdefABCDEF"}
+    table = np.full(1 << 16, -1, np.int16)
+    for high, upper in digits.items():
+        for low, lower in digits.items():
+            table[ord(high) | ord(low) << 8] = upper << 4 | lower
+    return table
 
 
 def _values(path: Path, line: int, name: str, file: BinaryIO, count: int) -> np.ndarray:
     """(count,) float32 from as many times a space and 8 digits."""
-    values = np.empty(count, np.float32)
+    values, pairs = np.empty(count, np.float32), _pairs()
     for start in range(0, count, CHUNK):
         length = min(CHUNK, count - start)
         text = np.frombuffer(file.read(length * 9), np.uint8)
         text = text.reshape(-1, 9) if len(text) == length * 9 else np.zeros((1, 9), np.uint8)
-        nibbles = _NIBBLES[text[:, 1:]]
-        if (text[:, 0] != ord(" ")).any() or (nibbles == 255).any():
+        octets = pairs[np.ascontiguousarray(text[:, 1:]).view("<u2")]
+        if (text[:, 0] != ord(" ")).any() or (octets < 0).any():
             raise CheckpointError(f"{path}:{line}: a value of {name} is not a space and 8 hex digits")
-        octets = (nibbles[:, ::2] << 4) | nibbles[:, 1::2]
-        values[start : start + length] = octets.view(">f4")[:, 0]
+        values[start : start + length] = octets.astype(np.uint8).view(">f4")[:, 0]
     return values
 
 

@@ -128,10 +128,14 @@ def _text(get, program: ctypes.c_void_p) -> str:
     return _bytes(get, program).rstrip(b"\0").decode(errors="replace")
 
 
-@torch.compiler.assume_constant_result  # its calls of the libraries are nothing that torch.compile could follow
 def obstacle() -> str | None:
     """Why kernels cannot be compiled and run here, or None. Asks for a GPU; :func:`nvrtc_version` does not."""
     return _obstacle()
+
+
+# What torch.compiler.assume_constant_result does, which would import the compiler first (two seconds at every start):
+# the calls of the libraries are nothing that torch.compile could follow.
+obstacle._dynamo_marked_constant = True
 
 
 @functools.cache

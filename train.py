@@ -92,6 +92,12 @@ def _add_data_flags(group: argparse._ArgumentGroup) -> None:
         "--workers", type=int, default=8, help="data loading processes per rank, at most (default: %(default)s)"
     )
     group.add_argument(
+        "--augment-device",
+        choices=["auto", "cpu", "gpu"],
+        default="auto",
+        help="what recolours and mirrors images: the GPU, or the loader processes (default: auto, a GPU if any)",
+    )
+    group.add_argument(
         "--strict-data", action="store_true", help="faulty labels or images are an error instead of a warning"
     )
     group.add_argument("--check-data", action="store_true", help="print a report on the data set and stop")

@@ -159,12 +159,24 @@ def build_datasets(
 
 
 def build_loaders(
-    cfg: TrainConfig, train: DetectionDataset, val: DetectionDataset, frame: Frame, world: World
+    cfg: TrainConfig,
+    train: DetectionDataset,
+    val: DetectionDataset,
+    frame: Frame,
+    world: World,
+    device: torch.device = torch.device("cpu"),
 ) -> tuple[DetectionLoader, DetectionLoader]:
-    """The training loader of this rank and the validation loader (used by rank 0)."""
+    """The training loader of this rank, which leaves the last of the augmentation to ``device`` when --augment-device
+    says so, and the validation loader (used by rank 0)."""
     shared = dict(workers=cfg.workers, seed=cfg.seed)
     loader = create_dataloader(
-        train, frame.rank_batch, shuffle=not cfg.rect, world=(world.rank, world.size), quad=cfg.quad, **shared
+        train,
+        frame.rank_batch,
+        shuffle=not cfg.rect,
+        world=(world.rank, world.size),
+        quad=cfg.quad,
+        finish_on=device if augments_on_device(cfg, device) else None,
+        **shared,
     )
     if cfg.quad and (len(loader) == 0 or min(frame.rank_batch, len(train)) < 4):
         raise ConfigError(
@@ -172,6 +184,14 @@ def build_loaders(
             f"the training set ({len(train)}), for each process"
         )
     return loader, create_dataloader(val, val.batch_size, **shared)
+
+
+def augments_on_device(cfg: TrainConfig, device: torch.device) -> bool:
+    """Whether the training device recolours and mirrors: by default a CUDA device does. ConfigError where there is only
+    a CPU and --augment-device gpu."""
+    if cfg.augment_device == "gpu" and device.type == "cpu":
+        raise ConfigError("--augment-device gpu: training runs on the CPU; leave it out")
+    return device.type == "cuda" if cfg.augment_device == "auto" else cfg.augment_device == "gpu"
 
 
 def fit_anchors(model: DetectionModel, train: DetectionDataset, hyp: Hyp, frame: Frame, cfg: TrainConfig) -> None:

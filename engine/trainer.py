@@ -78,7 +78,7 @@ def train(cfg: TrainConfig, hyp: Hyp, data: DataConfig, notes: Sequence[str] = (
     cfg = replace(cfg, batch_size=frame.batch)  # what --batch-size -1 found: a resumed run must not measure again
     train_set, val_set = build_datasets(cfg, hyp, data, frame, world)
     frame = within_data(frame, len(train_set), world)
-    loader, val_loader = build_loaders(cfg, train_set, val_set, frame, world)
+    loader, val_loader = build_loaders(cfg, train_set, val_set, frame, world, device)
     if not (cfg.noautoanchor or cfg.resume):
         if world.main:
             fit_anchors(model, train_set, hyp, frame, cfg)

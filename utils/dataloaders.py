@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Sampler, default_collate
 from utils.augmentations import Letterbox
 from utils.console import LOGGER, plural
 from utils.dataset import DetectionDataset, Draw, Sample
+from utils.device_augment import finish_batch, pack
 from utils.errors import ResourceError, UserError, explain_lost_worker
 from utils.signals import interrupts_deferred, outlive_first_sigterm
 
@@ -28,7 +29,8 @@ class Batch:
 
     ``images`` uint8 (B, 3, H, W) RGB, channels last in memory; ``targets`` float32 (T, 6): image index in the batch,
     class, cx, cy, w, h in 0..1 of the image; ``paths`` and ``letterboxes`` (None for mosaics), one for each image;
-    ``skipped``: why images that should be in it are not.
+    ``skipped``: why images that should be in it are not. ``finishes`` (B, 5): what is left to do to the images, None
+    when nothing (see :mod:`utils.device_augment`).
     """
 
     images: Tensor
@@ -36,6 +38,7 @@ class Batch:
     paths: list[str]
     letterboxes: list[Letterbox | None]
     skipped: Sequence[str] = ()
+    finishes: Tensor | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """A batch with its tensors on ``device``."""
@@ -44,7 +47,15 @@ class Batch:
 
     def pin_memory(self) -> Batch:
         """A batch with its tensors in page-locked memory (called by torch's loader)."""
-        return replace(self, images=self.images.pin_memory(), targets=self.targets.pin_memory())
+        finishes = None if self.finishes is None else self.finishes.pin_memory()
+        return replace(self, images=self.images.pin_memory(), targets=self.targets.pin_memory(), finishes=finishes)
+
+    def finished(self, device: torch.device) -> Batch:
+        """The batch with its images on ``device`` and all done that was left to it."""
+        if self.finishes is None:
+            return self
+        images = finish_batch(self.images.to(device, non_blocking=True), self.finishes)
+        return replace(self, images=images, finishes=None)
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
@@ -58,7 +69,15 @@ def collate(samples: Sequence[Sample]) -> Batch:
     targets[:, 0] = np.repeat(np.arange(len(samples)), counts)
     targets[:, 1:] = np.concatenate([s.labels for s in samples])
     skipped = [reason for sample in samples for reason in sample.skipped]
-    return Batch(images, torch.from_numpy(targets), [s.path for s in samples], [s.letterbox for s in samples], skipped)
+    finishes = [s.finish for s in samples]
+    return Batch(
+        images,
+        torch.from_numpy(targets),
+        [s.path for s in samples],
+        [s.letterbox for s in samples],
+        skipped,
+        None if None in finishes else pack(finishes),
+    )
 
 
 def collate_quad(samples: Sequence[Sample]) -> Batch:
@@ -167,6 +186,7 @@ class DetectionLoader(DataLoader):
     _stream: Iterator[Batch] | None = None
     _stream_epoch = -1  # what the stream holds next
     _warned: frozenset[str] = frozenset()
+    finish_on: torch.device | None = None  # where the rest of the augmentation is done; None: nothing is left
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
         """The epoch (from 0) that the next iteration is for, and the batch (from 0) it begins with."""
@@ -191,7 +211,7 @@ class DetectionLoader(DataLoader):
         self._stream_epoch = -1  # an iteration that is left before its end leaves the stream in mid-epoch
         for batch in islice(self._stream, len(self) - self.batch_sampler.start):
             self._warn(batch.skipped)
-            yield batch
+            yield batch if self.finish_on is None else batch.finished(self.finish_on)
         self._stream_epoch = epoch + 1
 
     def _warn(self, skipped: Sequence[str]) -> None:
@@ -226,13 +246,15 @@ def create_dataloader(
     seed: int = 0,
     quad: bool = False,
     persistent: bool = True,
+    finish_on: torch.device | None = None,
 ) -> DetectionLoader:
     """Batches of a data set for process ``world[0]`` of ``world[1]``.
 
     ``workers`` is cut to the cores of this process's share and to the batch size. A training set (``augment``) is
     shared out evenly, an evaluation set exactly. A rectangular set keeps its own order and batch size. ``quad``
     joins four images into one (drops the last, incomplete batch). ``persistent`` processes live for all epochs and load
-    ahead into the next one.
+    ahead into the next one. ``finish_on``: colours and mirrors of training images are left to this device; batches come
+    with their images there (not with ``quad``, which joins finished images).
     """
     rank, size = world
     batch_size = max(1, min(batch_size, len(dataset)))
@@ -249,7 +271,8 @@ def create_dataloader(
     )
     processes = min(workers, max(available_cores() // size, 1), batch_size if batch_size > 1 else 0)
     persistent = persistent and processes > 0
-    return DetectionLoader(
+    dataset.finish_later = dataset.augment and finish_on is not None and not quad
+    loader = DetectionLoader(
         dataset,
         batch_sampler=EpochBatches(sampler, batch_size, drop_last=quad, endless=persistent),
         num_workers=processes,
@@ -259,6 +282,8 @@ def create_dataloader(
         persistent_workers=persistent,
         generator=torch.Generator().manual_seed(seed),  # leaves the global generator alone
     )
+    loader.finish_on = finish_on if dataset.finish_later else None
+    return loader
 
 
 def available_cores() -> int:

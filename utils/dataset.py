@@ -34,6 +34,7 @@ from utils.augmentations import (
     warp_labels,
 )
 from utils.config import Hyp
+from utils.device_augment import Finish
 from utils.dist import World
 from utils.errors import DataError
 from utils.image_cache import NoCache, make_cache
@@ -60,7 +61,8 @@ class Draw(NamedTuple):
 class Sample:
     """One item. ``image`` uint8 (H, W, 3) RGB contiguous; ``labels`` float32 (n, 5): class, cx, cy, w, h in 0..1;
     ``letterbox`` maps boxes back to the file, None for mosaics and warped images; ``draw`` is what was asked for;
-    ``skipped``: why images that should be in it are not (see ``tolerant`` of :class:`DetectionDataset`)."""
+    ``skipped``: why images that should be in it are not (see ``tolerant`` of :class:`DetectionDataset`); ``finish``:
+    what the device still has to do to the image (labels are mirrored already)."""
 
     image: np.ndarray
     labels: np.ndarray
@@ -68,6 +70,7 @@ class Sample:
     letterbox: Letterbox | None
     draw: Draw
     skipped: tuple[str, ...] = ()
+    finish: Finish | None = None
 
 
 class Samples(list[Sample]):
@@ -141,6 +144,7 @@ class DetectionDataset(Dataset):
         self.hyp, self.augment, self.seed = hyp or Hyp(), augment, seed % (1 << 32)
         self.close_mosaic_epoch, self.tolerant = close_mosaic_epoch, tolerant
         self.epoch = 0
+        self.finish_later = False  # colours and mirrors are left to the training device
         self.resized = resized_shapes(index.sizes, imgsz)
         # what is to be enlarged is enlarged by the augmentation itself, from the file's own pixels
         self.loaded = np.minimum(self.resized, index.sizes[:, ::-1]) if augment else self.resized
@@ -286,7 +290,7 @@ class DetectionDataset(Dataset):
         hyp, box = self.hyp, None
         closed = self.close_mosaic_epoch is not None and draw.epoch >= self.close_mosaic_epoch
         if not self.rect and not closed and rng.random() < hyp.mosaic:
-            image, labels = self._mosaic(draw.index, rng)
+            image, labels = self._mosaic(draw.index, rng, out if self.finish_later else None)
             if rng.random() < hyp.mixup:
                 other = self._mosaic(int(rng.integers(len(self))), rng)
                 image, labels = mixup((image, labels), other, rng.beta(32.0, 32.0))
@@ -297,10 +301,16 @@ class DetectionDataset(Dataset):
         mirrored = bool(rng.random() < hyp.flipud), bool(rng.random() < hyp.fliplr)
         if out is not None and out.shape[:2] != image.shape[:2]:
             out = None
-        image = finish(image, factors, *mirrored, out)
-        return Sample(image, flip_labels(labels, *mirrored), self.path(draw.index), box, draw)
+        later = Finish(tuple(factors.tolist()), *mirrored) if self.finish_later else None
+        if later is None:
+            image = finish(image, factors, *mirrored, out)
+        elif image is not out:
+            image = finish(image, np.ones(3), False, False, out)
+        return Sample(image, flip_labels(labels, *mirrored), self.path(draw.index), box, draw, finish=later)
 
-    def _mosaic(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    def _mosaic(
+        self, index: int, rng: np.random.Generator, frame: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         chosen = [index, *map(int, rng.integers(len(self), size=3))]
         chosen = [chosen[k] for k in rng.permutation(4)]
         return mosaic(
@@ -313,6 +323,7 @@ class DetectionDataset(Dataset):
             rng,
             self._draw_perspective(rng),
             self.hyp.copy_paste,
+            frame,
         )
 
     def _draw_perspective(self, rng: np.random.Generator) -> Perspective:

@@ -159,13 +159,15 @@ def mosaic(
     rng: np.random.Generator,
     draw: Perspective,
     paste_share: float = 0.0,
+    frame: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """A training image out of four.
 
     ``shapes`` (h, w) of the images on the canvas; ``load(k)`` gives image k (0..3) as (*loaded[k], 3) uint8 and is
     called for visible images only; ``labels`` and ``segments`` as in :func:`mosaic_labels`; ``draw`` the geometric
-    augmentation; ``paste_share`` of the polygons is pasted, mirrored, see :func:`copy_paste`. Returns the image,
-    (size, size, 4) RGBA or (size, size, 3) RGB uint8, and labels (n, 5) class, x1, y1, x2, y2 in its pixels.
+    augmentation; ``paste_share`` of the polygons is pasted, mirrored, see :func:`copy_paste`; ``frame``: memory that
+    an image of three channels is made in. Returns the image, (size, size, 4) RGBA or (size, size, 3) RGB uint8, and
+    labels (n, 5) class, x1, y1, x2, y2 in its pixels.
     """
     tiles = place_tiles(draw_centre(rng, size), shapes, size)
     matrix = draw.matrix((2 * size, 2 * size), (size, size))
@@ -173,7 +175,7 @@ def mosaic(
     windows = None if pasting else frame_windows(tiles, shapes, loaded, matrix, size)
     boxes, polygons = mosaic_labels(canvas_maps(tiles, shapes, loaded, windows, matrix), labels, segments, size)
     if windows is not None:
-        image = fill_windows(load, windows, size)
+        image = fill_windows(load, windows, size, frame)
     elif pasting or not is_affine(matrix):
         canvas = paste_tiles(lambda k: _sized(load(k), shapes[k]), tiles, size)
         if pasting:
@@ -191,9 +193,12 @@ def _sized(image: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     return cv2.resize(image, (shape[1], shape[0]), interpolation=cv2.INTER_LINEAR)
 
 
-def fill_windows(load: Callable[[int], np.ndarray], windows: Sequence[Window | None], size: int) -> np.ndarray:
+def fill_windows(
+    load: Callable[[int], np.ndarray], windows: Sequence[Window | None], size: int, frame: np.ndarray | None = None
+) -> np.ndarray:
     """The frame (size, size, 3) with the visible images in their windows, the rest grey."""
-    frame = np.full((size, size, 3), GREY, np.uint8)
+    frame = np.empty((size, size, 3), np.uint8) if frame is None else frame
+    frame[:] = GREY
     for place, window in enumerate(windows):
         if window is not None:
             (sx1, sy1, sx2, sy2), (x1, y1, x2, y2) = window

@@ -82,11 +82,13 @@ class DetectionModel(nn.Module):
 
     @torch.no_grad()
     def _measure_strides(self, ch: int) -> list[float]:
-        """Pixels per cell of the maps that Detect receives. A small image runs through the layers: on torch's meta
-        device, which only follows shapes, the first pass imports torch's compiler and takes a second."""
+        """Pixels per cell of the maps that Detect receives. A batch of no images runs through the layers, which follows
+        shapes and computes nothing; on torch's meta device the first pass would import torch's compiler."""
         if ch * STRIDE_PROBE**2 > MAX_MAP:
             raise ConfigError(f"{self.layers[0].where}: {ch} input channels (ch) are too many")
-        x, kept = torch.zeros(1, ch, STRIDE_PROBE, STRIDE_PROBE), {}
+        x, kept = torch.zeros(0, ch, STRIDE_PROBE, STRIDE_PROBE), {}
+        if x.is_meta:  # which refuses to enlarge an empty batch, and computes nothing either
+            x = x.new_zeros(1, *x.shape[1:])
         self.model.eval()  # BatchNorm statistics stay at their start
         for module, layer in zip(self.model[:-1], self.layers):
             x = _probe(module, layer, _gather(layer, x, kept))

@@ -194,6 +194,8 @@ def _fused(x, raw, weight, bias, stride, padding, dilation, logits: bool, backen
 
 def _reference(x, offset, mask, weight, bias, stride, padding, dilation) -> Tensor:
     """torchvision's operator in float32 (float64 for float64 x), autocast off."""
+    if not len(x) and not torch.is_grad_enabled():  # a model that is built asks for shapes only
+        return x.new_empty(0, weight.shape[0], *offset.shape[2:], dtype=_result_dtype(x))
     import torchvision  # here: it takes as long to load as torch, and most models have no DCN
 
     double = x.dtype == torch.float64

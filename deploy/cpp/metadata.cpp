@@ -166,12 +166,15 @@ Maker parse_maker(const std::string& json, const std::string& source) {
             maker.module = reader.string();
         } else if (key == "version") {
             maker.version = reader.string();
+        } else if (key == "plugin") {
+            maker.plugin = reader.string();
+            if (maker.plugin.find_first_of("/\\") != std::string::npos) reader.refuse();  // beside the engine, nowhere else
         } else if (key == "targets") {
             reader.expect('[');
-            if (reader.take(']')) continue;
-            do maker.targets.push_back(reader.whole(0, 10000));
-            while (reader.take(','));
-            reader.expect(']');
+            while (!reader.take(']')) {
+                maker.targets.push_back(reader.whole(0, 10000));
+                reader.take(',');
+            }
         } else {
             reader.refuse();
         }

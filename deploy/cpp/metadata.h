@@ -19,9 +19,10 @@ struct Metadata {
 // Throws Fault, naming `source`, for entries that are missing or cannot be.
 Metadata parse_metadata(const std::map<std::string, std::string>& entries, const std::string& source);
 
-// What built an engine: the Python module, its version, the compute capabilities that it is for (89: 8.9).
+// What built an engine: the Python module, its version, the compute capabilities that it is for (89: 8.9), and the name
+// of the library of plugins that it needs, which lies beside it, empty for none.
 struct Maker {
-    std::string module, version;
+    std::string module, version, plugin;
     std::vector<int> targets;
 
     std::string text() const;

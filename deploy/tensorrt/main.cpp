@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <filesystem>
 
 #include "engine_file.h"
 #include "fault.h"
@@ -89,8 +90,7 @@ class EngineModel : public dcn::Model {
         stream_ = std::make_unique<Stream>();
         runtime_.reset(nvinfer1::createInferRuntime(log_));
         if (!runtime_) throw dcn::Fault("TensorRT cannot start (" + log_.last() + ")");
-        if (!options.plugin.empty() && !runtime_->getPluginRegistry().loadLibrary(options.plugin.c_str()))
-            throw dcn::Fault("--plugin " + options.plugin + ": cannot be loaded (" + log_.last() + ")");
+        load_plugin(options.plugin);
         engine_.reset(runtime_->deserializeCudaEngine(file_.engine.data(), file_.engine.size()));
         if (!engine_)
             throw dcn::Fault(path_ + ": " + file_.maker.text() + "; this TensorRT cannot open it (" + log_.last() +
@@ -136,6 +136,17 @@ class EngineModel : public dcn::Model {
         if (asked.size() > 3 || asked.find_first_not_of("0123456789") != std::string::npos)
             throw dcn::Fault("--device " + asked + ": an engine runs on an NVIDIA GPU; expected 0, 1, ...");
         return std::atoi(asked.c_str());
+    }
+
+    // The library that --plugin names, or the one that the file asks for, which lies beside it.
+    void load_plugin(const std::string& asked) {
+        if (asked.empty() && file_.maker.plugin.empty()) return;
+        const auto beside = std::filesystem::absolute(path_).parent_path() / file_.maker.plugin;
+        const std::string library = asked.empty() ? beside.string() : asked;
+        if (!std::filesystem::is_regular_file(library))
+            throw dcn::Fault(library + ": no such plugin library, which " + path_ + " needs; name it with --plugin");
+        if (!runtime_->getPluginRegistry().loadLibrary(library.c_str()))
+            throw dcn::Fault(library + ": TensorRT cannot load this plugin library (" + log_.last() + ")");
     }
 
     void refuse_other_gpu(int device) const {

@@ -74,7 +74,7 @@ def program(request: pytest.FixtureRequest, built: Callable[[str], Path]) -> Pat
 def pack(path: Path, records: bytes, **meta) -> Path:
     """An .engine whose engine are the records."""
     told = Metadata(NAMES, 32, (8.0, 16.0, 32.0), (SIZE, SIZE), **meta)
-    path.write_bytes(pack_engine(records, told, Maker("tensorrt", "10.0", (86, 89))))
+    path.write_bytes(pack_engine(records, told, Maker("tensorrt", "10.0", (86, 89), "libdcnv2.so")))
     return path
 
 
@@ -236,6 +236,7 @@ def test_names_of_any_letters_and_results_that_keep_apart(program: Path, cells: 
         (["-d", "{headless}", "{source}"], "{headless}: no header of class names and sizes"),
         (["-d", "{bare}", "{source}"], "{bare}: cut short: no engine behind its header"),
         (["-d", "{garbled}", "{source}"], "{garbled}: what it says of itself cannot be read"),
+        (["-d", "{astray}", "{source}"], "{astray}: what it says of itself cannot be read"),
         (["-d", "{newer}", "{source}"], "{newer}: written by a newer version"),
         (["-d", "{nameless}", "{source}"], "{nameless}: holds no class names, stride and size"),
     ],
@@ -246,6 +247,7 @@ def test_wrong_input_is_one_line(program: Path, cells: Case, words: list[str], l
     files = {"cut": whole[: length - 9], "headless": b"vtrt and so on", "bare": whole[:length],
              "garbled": whole.replace(b"strides", b"strid\\x", 1),
              "newer": whole.replace(b'"format": "1"', b'"format": "9"'),
+             "astray": whole.replace(b"libdcnv2", b"/ibdcnv2", 1),
              "nameless": whole.replace(b'"imgsz"', b'"imgsy"')}  # fmt: skip
     places = {"model": str(cells.model), "source": str(cells.source), "empty": str(tmp_path / "empty")}
     (tmp_path / "empty").mkdir()

@@ -6,15 +6,24 @@ Yardsticks, measured in the same process and turn by turn with ours, on the same
   plain canvas   the mosaic painted on a canvas of twice the size, warped whole in three channels, colours by three
                  look-up tables, images joined and transposed to (B, 3, H, W)
   limit          decoding four images a sample and nothing else (disk); copying the finished pixels (memory)
+
+    python -m benchmarks.dataloader --against CHECKOUT [--later]
+
+loads the same data by another checkout of this repository (``git worktree add CHECKOUT COMMIT``) and by this one, epoch
+by epoch in turns. ``--later``: this one leaves colours and mirrors to a GPU (which then does them in no time).
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -25,7 +34,8 @@ from utils.augmentations import draw_hsv, draw_perspective, hsv_tables, warp_lab
 from utils.config import DataConfig
 from utils.dataloaders import DetectionLoader, create_dataloader
 from utils.dataset import DetectionDataset, Draw, Sample, to_unit
-from utils.errors import run_cli
+from utils.errors import ResourceError, run_cli
+from utils.files import ROOT
 from utils.images import read_image
 from utils.mosaic import canvas_maps, draw_centre, mosaic_labels, paste_tiles, place_tiles
 
@@ -33,7 +43,7 @@ from utils.mosaic import canvas_maps, draw_centre, mosaic_labels, paste_tiles, p
 class PlainCanvas(DetectionDataset):
     """The same samples made the plain way."""
 
-    def _training_sample(self, draw: Draw) -> Sample:
+    def _training_sample(self, draw: Draw, out: np.ndarray | None = None) -> Sample:
         rng, hyp, size = np.random.default_rng(tuple(draw)), self.hyp, self.imgsz
         chosen = [draw.index, *map(int, rng.integers(len(self), size=3))]
         images = [self.load_image(i) for i in chosen]
@@ -123,6 +133,51 @@ def row(case: str, results: dict[str, list[float]]) -> tuple[str, ...]:
     return case, shown["ours"], shown.get("plain", ""), ratio, shown.get("limit", ""), share
 
 
+class Side:
+    """A process that loads an epoch when told to, by the code of one checkout."""
+
+    def __init__(self, checkout: Path, settings: list[str]) -> None:
+        script = Path(__file__).with_name("loader_turn.py")
+        self.process = subprocess.Popen(
+            [sys.executable, str(script), *settings],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=checkout,
+            env={**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"},
+        )
+
+    def turn(self) -> float:
+        """Images a second of the next epoch."""
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        for line in self.process.stdout:  # other lines are what the data set says of its caches
+            if line.startswith("rate "):
+                return float(line.split()[1])
+        raise ResourceError(f"the loading process ended with status {self.process.wait()}")
+
+    def close(self) -> None:
+        """End the process."""
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def against(args: argparse.Namespace) -> list[tuple[str, ...]]:
+    """Rows of the table: case, the other checkout, this one, the median of the ratios of neighbouring epochs."""
+    rows = []
+    for workers in args.workers:
+        for cache in args.cache:
+            settings = [str(Path(args.data).resolve()), str(args.imgsz), str(args.batch_size), str(workers), cache]
+            sides = [Side(args.against, settings), Side(ROOT, settings + ["later"] * args.later)]
+            rates = [[side.turn() for side in sides] for _ in range(args.repeats + 1)][1:]
+            for side in sides:
+                side.close()
+            shown = [f"{statistics.median(r):.0f} ({min(r):.0f}-{max(r):.0f})" for r in zip(*rates)]
+            ratio = statistics.median(ours / theirs for theirs, ours in rates)
+            rows.append((f"{cache}, {workers} workers", *shown, f"{ratio:.2f}x"))
+    return rows
+
+
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", default="bccd.yaml", help="dataset YAML (bccd.yaml)")
@@ -130,9 +185,17 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--batch-size", type=int, default=16, help="images a batch (16)")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], help="loader processes to try (0 1 2)")
     parser.add_argument("--repeats", type=int, default=5, help="timed epochs of each case (5)")
+    parser.add_argument("--cache", nargs="+", default=["none", "ram", "disk"], help="with --against (none ram disk)")
+    parser.add_argument("--against", type=Path, metavar="CHECKOUT", help="another checkout of this repository")
+    parser.add_argument("--later", action="store_true", help="with --against: as --augment-device gpu")
     args = parser.parse_args(argv)
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
+    if args.against:
+        rows = against(args)
+        print(heading(f"{cpu_name()}; mosaic {args.imgsz} px, batch {args.batch_size}"))
+        print(table(["case", "before, images/s", "now", "ratio"], rows))
+        return
     config = DataConfig.load(args.data)
     rows = compare(config, args)
     print(heading(f"{cpu_name()}; mosaic {args.imgsz} px, batch {args.batch_size}"))

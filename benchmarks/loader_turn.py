@@ -1,9 +1,10 @@
 """One side of a comparison of two checkouts: loads epochs when told to (see ``benchmarks.dataloader --against``).
 
-    PYTHONPATH=CHECKOUT python benchmarks/loader_turn.py DATA IMGSZ BATCH WORKERS CACHE
+    PYTHONPATH=CHECKOUT python benchmarks/loader_turn.py DATA IMGSZ BATCH WORKERS CACHE [later]
 
 Each line of its input loads one epoch of training samples; it answers with images a second, of this process's own time
-when there are no loader processes, else of wall time. Uses only what the data path has had from its beginning.
+when there are no loader processes, else of wall time; with ``later`` without what a GPU does. Uses otherwise only what
+the data path has had from its beginning.
 """
 
 from __future__ import annotations
@@ -20,19 +21,22 @@ def main() -> None:
     from utils.dataloaders import create_dataloader
     from utils.dataset import DetectionDataset
 
-    source, imgsz, batch, workers, cache = sys.argv[1:]
+    source, imgsz, batch, workers, cache, *later = sys.argv[1:]
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
     config = DataConfig.load(source)
     cache = "" if cache == "none" else cache
     data = DetectionDataset(config.train, int(imgsz), augment=True, names=config.names, cache=cache, show=False)
-    loader = create_dataloader(data, int(batch), shuffle=True, workers=int(workers))
+    options = {"finish_on": torch.device("cpu")} if later else {}
+    loader = create_dataloader(data, int(batch), shuffle=True, workers=int(workers), **options)
+    if later:
+        loader.finish_on = None  # left undone
     clock = time.perf_counter if int(workers) else time.process_time
     for epoch, _ in enumerate(sys.stdin):
         loader.set_epoch(epoch)
         start = clock()
         images = sum(len(b.paths) for b in loader)
-        print(images / (clock() - start), flush=True)
+        print("rate", images / (clock() - start), flush=True)
 
 
 if __name__ == "__main__":

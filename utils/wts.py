@@ -24,8 +24,8 @@ META = "metadata.json"
 """Name of the tensor whose values are the bytes of a JSON text about the model. C++ readers pass over it, as over every
 name they do not ask for."""
 
-CHUNK = 1_000_000
-"""Values turned into text at a time: bounds the memory."""
+CHUNK = 1 << 18
+"""Values turned into text or back at a time: bounds the memory, and stays in the processor's caches."""
 MAX_TENSORS = 50_000
 MAX_NAME = 200
 MAX_META = 1_000_000

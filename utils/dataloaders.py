@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler, default_collate
 
 from utils.augmentations import Letterbox
+from utils.batch_memory import BatchMemory, Draws, Ticket
 from utils.console import LOGGER, plural
 from utils.dataset import DetectionDataset, Draw, Sample
 from utils.device_augment import finish_batch, pack
@@ -30,7 +31,8 @@ class Batch:
     ``images`` uint8 (B, 3, H, W) RGB, channels last in memory; ``targets`` float32 (T, 6): image index in the batch,
     class, cx, cy, w, h in 0..1 of the image; ``paths`` and ``letterboxes`` (None for mosaics), one for each image;
     ``skipped``: why images that should be in it are not. ``finishes`` (B, 5): what is left to do to the images, None
-    when nothing (see :mod:`utils.device_augment`).
+    when nothing (see :mod:`utils.device_augment`). ``ticket``: the images lie in a loader process's memory, which it
+    waits to have back (only until the loader hands the batch out).
     """
 
     images: Tensor
@@ -39,6 +41,7 @@ class Batch:
     letterboxes: list[Letterbox | None]
     skipped: Sequence[str] = ()
     finishes: Tensor | None = None
+    ticket: Ticket | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """A batch with its tensors on ``device``."""
@@ -77,6 +80,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
         [s.letterbox for s in samples],
         skipped,
         None if None in finishes else pack(finishes),
+        getattr(samples, "ticket", None),
     )
 
 
@@ -159,14 +163,16 @@ class EpochBatches(Sampler[list[Draw]]):
 
     def __init__(self, sampler: EpochSampler, batch_size: int, drop_last: bool, endless: bool) -> None:
         self.sampler, self.batch_size, self.drop_last, self.endless = sampler, batch_size, drop_last, endless
-        self.epoch = self.start = 0
+        self.epoch = self.start = self.stream = 0
 
     def __iter__(self) -> Iterator[list[Draw]]:
         done = self.start * self.batch_size
+        self.stream += 1
         for epoch in count(self.epoch) if self.endless else [self.epoch]:
             draws = islice(self.sampler.draws(epoch), done, None)
             done = 0
-            while batch := list(islice(draws, self.batch_size)):
+            while batch := Draws(islice(draws, self.batch_size)):
+                batch.stream = self.stream
                 if len(batch) == self.batch_size or not self.drop_last:
                     yield batch
 
@@ -211,8 +217,17 @@ class DetectionLoader(DataLoader):
         self._stream_epoch = -1  # an iteration that is left before its end leaves the stream in mid-epoch
         for batch in islice(self._stream, len(self) - self.batch_sampler.start):
             self._warn(batch.skipped)
+            batch = self._taken_out(batch)
             yield batch if self.finish_on is None else batch.finished(self.finish_on)
         self._stream_epoch = epoch + 1
+
+    def _taken_out(self, batch: Batch) -> Batch:
+        """The batch in memory of its own; the loader process has its block back."""
+        if batch.ticket is None:
+            return batch
+        images = batch.images if self.pin_memory else batch.images.clone()  # pinning has copied them
+        self.dataset.memory.give_back(batch.ticket)
+        return replace(batch, images=images, ticket=None)
 
     def _warn(self, skipped: Sequence[str]) -> None:
         """Name each image that can no longer be read, once, and count them."""
@@ -271,6 +286,8 @@ def create_dataloader(
     )
     processes = min(workers, max(available_cores() // size, 1), batch_size if batch_size > 1 else 0)
     persistent = persistent and processes > 0
+    # only processes that live on use their blocks again; quads are joined in new memory
+    dataset.memory = BatchMemory(processes) if dataset.augment and persistent and not quad else None
     dataset.finish_later = dataset.augment and finish_on is not None and not quad
     loader = DetectionLoader(
         dataset,

@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
-import torch
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
@@ -33,6 +32,7 @@ from utils.augmentations import (
     warp,
     warp_labels,
 )
+from utils.batch_memory import BatchMemory, Draws, Ticket, shared_bytes
 from utils.config import Hyp
 from utils.device_augment import Finish
 from utils.dist import World
@@ -74,19 +74,11 @@ class Sample:
 
 
 class Samples(list[Sample]):
-    """The samples of a batch. ``pixels``: uint8 (B, H, W, 3), the memory that all their images lie in, or None."""
+    """The samples of a batch. ``pixels``: uint8 (B, H, W, 3), the memory that all their images lie in, or None;
+    ``ticket`` to give it back with, see :class:`utils.batch_memory.BatchMemory`."""
 
     pixels: Tensor | None = None
-
-
-def shared_bytes(shape: tuple[int, ...]) -> Tensor:
-    """Uninitialised uint8 memory; in a loader process in memory shared with the main one, so that it is not copied
-    again on the way."""
-    if get_worker_info() is None:
-        return torch.empty(shape, dtype=torch.uint8)
-    # as torch's own default_collate does: the public share_memory_() would copy what is not there yet
-    storage = torch.UntypedStorage._new_shared(math.prod(shape))
-    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)
+    ticket: Ticket | None = None
 
 
 class DetectionDataset(Dataset):
@@ -144,6 +136,7 @@ class DetectionDataset(Dataset):
         self.hyp, self.augment, self.seed = hyp or Hyp(), augment, seed % (1 << 32)
         self.close_mosaic_epoch, self.tolerant = close_mosaic_epoch, tolerant
         self.epoch = 0
+        self.memory: BatchMemory | None = None  # of the loader processes, shared with the main one
         self.finish_later = False  # colours and mirrors are left to the training device
         self.resized = resized_shapes(index.sizes, imgsz)
         # what is to be enlarged is enlarged by the augmentation itself, from the file's own pixels
@@ -219,11 +212,27 @@ class DetectionDataset(Dataset):
         if not (items and self.augment):
             return Samples([self._sample(item) for item in items])
         height, width = _pair(self._frame(items[0].index if isinstance(items[0], Draw) else int(items[0])))
-        pixels = shared_bytes((len(items), height, width, 3))
-        samples = Samples([self._sample(item, pixels[place].numpy()) for place, item in enumerate(items)])
+        pixels, ticket = self._memory_for((len(items), height, width, 3), items)
+        try:
+            samples = Samples([self._sample(item, pixels[place].numpy()) for place, item in enumerate(items)])
+        except BaseException:
+            self._give_back(ticket)
+            raise
         if all(np.shares_memory(s.image, pixels[place].numpy()) for place, s in enumerate(samples)):
-            samples.pixels = pixels
+            samples.pixels, samples.ticket = pixels, ticket
+        else:
+            self._give_back(ticket)
         return samples
+
+    def _memory_for(self, shape: tuple[int, ...], items: Sequence[int | Draw]) -> tuple[Tensor, Ticket | None]:
+        worker = get_worker_info()
+        if self.memory is None or worker is None or not isinstance(items, Draws):
+            return shared_bytes(shape), None
+        return self.memory.take(shape, worker.id, items.stream)
+
+    def _give_back(self, ticket: Ticket | None) -> None:
+        if self.memory is not None:
+            self.memory.give_back(ticket)
 
     def _sample(self, item: int | Draw, out: np.ndarray | None = None) -> Sample:
         draw = item if isinstance(item, Draw) else Draw(self.epoch, int(item))

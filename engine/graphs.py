@@ -53,11 +53,10 @@ class StepGraphs:
     """
 
     def __init__(self, step: Callable[[Tensor, Tensor], LossParts]) -> None:
-        self._step = step
-        self._pool, self._stream = torch.cuda.MemPool(), torch.cuda.Stream()
+        self._recorded: dict[tuple[int, ...], _Recorded] = {}  # first: the graphs are to go before their pool
         self._met: set[tuple[int, ...]] = set()
-        self._recorded: dict[tuple[int, ...], _Recorded] = {}
-        self._enabled = True
+        self._pool, self._stream = torch.cuda.MemPool(), torch.cuda.Stream()
+        self._step, self._enabled = step, True
 
     def __call__(self, images: Tensor, targets: Tensor, usual: bool = False) -> LossParts:
         """One batch, its losses without gradient, valid until the next call. ``usual``: launch kernel by kernel, for

@@ -98,10 +98,12 @@ def forward(
     C: tl.constexpr, N: tl.constexpr, G: tl.constexpr, OG: tl.constexpr, P: tl.constexpr, CS: tl.constexpr,
     SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
     KW: tl.constexpr, K: tl.constexpr, LOGITS: tl.constexpr, HAS_BIAS: tl.constexpr, SILU: tl.constexpr,
-    PRECISION: tl.constexpr, BM: tl.constexpr, TW: tl.constexpr, BC: tl.constexpr, BN0: tl.constexpr, BN1: tl.constexpr,
+    SHARES: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, TW: tl.constexpr, BC: tl.constexpr, BN0: tl.constexpr, BN1: tl.constexpr,
 ):  # fmt: skip
     """out = bias + sum over taps and channels of sample * mask * weight, through SiLU if SILU. weight (G, K, C/G, N/G).
 
+    With more than one of SHARES the taps are dealt out to so many programs, and out is (B, SHARES, Ho, Wo, N).
     Two accumulators, BN0 and BN1 outputs wide, share one gathered tile: N is rarely a power of two.
     """
     CG: tl.constexpr = C // G
@@ -122,7 +124,7 @@ def forward(
         acc1 = tl.zeros((BM, BN1), tl.float32)
     for segment in range(CG // CS):
         group = (g * CG + segment * CS) // CO
-        for tap in range(K):
+        for tap in range(tl.program_id(2) if SHARES > 1 else 0, K, SHARES):
             y0, x0, ly, lx, top, bottom, left, right, mask = _place(
                 rawb, pixel * P, live, row, column, tap, group, H, W, SH, SW, PH, PW, DH, DW, KW, K, OG, LOGITS
             )
@@ -139,6 +141,8 @@ def forward(
                 if BN1 > 0:
                     b = tl.load(wr + n1[None, :], (c < CS)[:, None] & (n1 < NG)[None, :], 0.0)
                     acc1 = tl.dot(a, b, acc1, input_precision=PRECISION)
+    if SHARES > 1:
+        image = image * SHARES + tl.program_id(2)
     o = out + (image.to(tl.int64) * Ho * Wo + pixel)[:, None] * N + g * NG
     if HAS_BIAS:
         acc0 += tl.load(bias + g * NG + n0, n0 < NG, 0.0).to(tl.float32)[None, :]

@@ -6,6 +6,7 @@ Importing this module imports Triton; :mod:`models.ops.dcn_op` does so on first 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 import triton
 from torch import Tensor
 
@@ -32,8 +33,14 @@ def forward(
     out = empty_map(x, (x.shape[0], geometry.outputs, *raw.shape[2:]))
     if out.numel() == 0:
         return out
-    launch_forward(kernels.forward, x, raw, pack(weight, geometry), bias, out, geometry, silu, tiles)
-    return out
+    shares = forward_shares(x, raw, geometry)
+    if shares == 1:
+        launch_forward(kernels.forward, x, raw, pack(weight, geometry), bias, out, geometry, silu, tiles)
+        return out
+    parts = x.new_empty(x.shape[0], shares, *raw.shape[2:], geometry.outputs, dtype=torch.float32)
+    launch_forward(kernels.forward, x, raw, pack(weight, geometry), None, parts, geometry, False, tiles, shares)
+    total = parts.sum(1) if bias is None else parts.sum(1).add_(bias)
+    return out.copy_((F.silu(total, inplace=True) if silu else total).permute(0, 3, 1, 2))
 
 
 def pack(weight: Tensor, geometry: Geometry) -> Tensor:
@@ -42,16 +49,30 @@ def pack(weight: Tensor, geometry: Geometry) -> Tensor:
     return weight.reshape(g, geometry.outputs // g, -1, geometry.taps).permute(0, 3, 2, 1).contiguous()
 
 
-def launch_forward(kernel, x, raw, packed, bias, out, geometry: Geometry, silu: bool = False, tiles=None) -> None:
+def forward_shares(x: Tensor, raw: Tensor, geometry: Geometry) -> int:
+    """How many programs deal out the taps of a patch among them: several where patches are too few for a large GPU."""
+    tiles = forward_tiles(geometry, x.dtype, shared_memory(x.device))
+    programs = patch_count(x.shape[0], *raw.shape[2:], tiles) * forward_blocks(geometry, tiles) * geometry.groups
+    return max(1, min(geometry.taps, BUSY // programs))
+
+
+def forward_blocks(geometry: Geometry, tiles: dict) -> int:
+    """Programs that a group's outputs take for one patch."""
+    return triton.cdiv(geometry.outputs // geometry.groups, tiles["BN0"] + tiles["BN1"])
+
+
+def launch_forward(
+    kernel, x, raw, packed, bias, out, geometry: Geometry, silu: bool = False, tiles=None, shares: int = 1
+) -> None:
     """Fill ``out``. ``kernel``: ``dcn_kernels.forward``, or what stands for it while torch.export looks."""
     x, raw = channels_last(x), channels_last(raw)
     tiles = tiles or forward_tiles(geometry, x.dtype, shared_memory(x.device))
     height, width, rows, columns = *x.shape[2:], *raw.shape[2:]
-    patches = patch_count(x.shape[0], rows, columns, tiles)
-    blocks = triton.cdiv(geometry.outputs // geometry.groups, tiles["BN0"] + tiles["BN1"])
-    kernel[(patches * blocks, geometry.groups)](
+    programs = patch_count(x.shape[0], rows, columns, tiles) * forward_blocks(geometry, tiles)
+    kernel[(programs, geometry.groups, shares)](
         x, raw, packed, bias if bias is not None else packed, out, height, width, rows, columns,
-        **constants(geometry), HAS_BIAS=bias is not None, SILU=silu, PRECISION=dot_precision(x.dtype), **tiles,
+        **constants(geometry), HAS_BIAS=bias is not None, SILU=silu, SHARES=shares, PRECISION=dot_precision(x.dtype),
+        **tiles,
     )  # fmt: skip
 
 

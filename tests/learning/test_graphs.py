@@ -89,7 +89,7 @@ def train_a_little(name: str, graphs: str, steps: int = 18) -> tuple[list[float]
         )
         parts = learner.backward(images, made_up_targets(20 + 40 * (step % 4), batch, step).to(device), step == 7)
         losses += parts.items.tolist()
-        if step % 2:
+        if step in (5, 17):  # seldom: DCN's atomics differ in the last bits, and every step of training amplifies that
             learner.step()
     state = {key: value.float().cpu() for key, value in model.state_dict().items()}
     return losses, state, len(learner.graphs._recorded) if learner.graphs else 0
@@ -102,9 +102,11 @@ def test_replayed_steps_equal_launched_ones(name: str) -> None:
     losses, state, none = train_a_little(name, "off")
     again, replayed, graphs = train_a_little(name, "on")
     assert none == 0 and graphs >= 3  # 4 and 2 images; up to 128 and up to 256 targets
-    assert again == pytest.approx(losses, rel=0.05)  # atomics differ in the last bits, training amplifies
+    assert again == pytest.approx(losses, rel=1e-3)
     for key, value in state.items():
-        torch.testing.assert_close(replayed[key], value, rtol=2e-2, atol=2e-3, msg=key)
+        torch.testing.assert_close(
+            replayed[key], value, rtol=1e-2, atol=1e-3, msg=lambda text, key=key: f"{key}: {text}"
+        )
 
 
 @pytest.mark.gpu

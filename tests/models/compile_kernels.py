@@ -37,6 +37,8 @@ def compiled(kernel, geometry: Geometry, dtype: torch.dtype, tiles: dict, extra:
     options = {k: tiles.pop(k) for k in ("num_warps", "num_stages")}
     constants = {**dcn_launch.constants(geometry), **tiles, **extra, "PRECISION": "ieee"}
     types = signature(kernel, dtype)
+    if extra.get("SHARES", 1) > 1:
+        types["out"] = "*fp32"
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(types) if types[name].startswith("*")}
     source = ASTSource(kernel, types, constants, aligned)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
@@ -48,8 +50,10 @@ def main() -> None:
         for dtype, channels, outputs in CASES:
             x, weight = torch.empty(1, channels, 1, 1), torch.empty(outputs, channels, 3, 3)
             geometry = Geometry.of(x, weight, (2, 2), (1, 1), (1, 1), 1, True)
+            forward = dcn_launch.forward_tiles(geometry, dtype, shared)
             for kernel, tiles, extra in (
-                (kernels.forward, dcn_launch.forward_tiles(geometry, dtype, shared), {"HAS_BIAS": True, "SILU": True}),
+                (kernels.forward, forward, {"HAS_BIAS": True, "SILU": True, "SHARES": 1}),
+                (kernels.forward, forward, {"HAS_BIAS": False, "SILU": False, "SHARES": 9}),
                 (kernels.backward_input, dcn_launch.input_tiles(geometry, dtype, shared), BACKWARD),
                 (kernels.backward_weight, dcn_launch.weight_tiles(geometry, dtype), {"SPLITS": 8}),
             ):

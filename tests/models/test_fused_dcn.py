@@ -65,7 +65,16 @@ def agree(tensors: list[Tensor], geometry: tuple, device: str, dtype: torch.dtyp
         assert error <= limit * float(reference.norm()), (index, error, float(reference.norm()))
 
 
+@pytest.fixture(params=[1, 264], ids=["together", "dealt out"])
+def taps(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With few patches each tap has its own program; with BUSY = 1 these small maps are many."""
+    from models.ops import dcn_launch
+
+    monkeypatch.setattr(dcn_launch, "BUSY", request.param)
+
+
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.usefixtures("taps")
 def test_equals_float64(case: str, device: str) -> None:
     tensors, geometry = make(case)
     assert relative(fused(*[t.float().to(device) for t in tensors], *geometry).cpu(), slow(*tensors, *geometry)) < 1e-6
@@ -117,6 +126,7 @@ def test_any_shape(device: str, data: st.DataObject) -> None:
     agree(tensors, (stride, padding, dilation), device, torch.float32, 1e-5)
 
 
+@pytest.mark.usefixtures("taps")
 def test_more_than_one_tile_of_everything(device: str) -> None:
     """Blocks of outputs, channels and pixels that overlap the edges; 20 channels are no power of two."""
     g = torch.Generator().manual_seed(0)
@@ -374,6 +384,7 @@ def test_choice(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert backend_for(device, torch.float32) == "torchvision"
 
 
+@pytest.mark.usefixtures("taps")
 def test_silu_inside_the_kernel(device: str) -> None:
     (x, raw, weight, bias), geometry = raw_inputs(device)
     expected = F.silu(deform_conv2d_raw(x, raw, weight, bias, *geometry, backend="torchvision"))

@@ -109,7 +109,7 @@ def measure(case: str, args: argparse.Namespace, device: torch.device) -> list[o
         shared = dict(nc=data.nc, names=data.names, batch_size=frame.batch, show=False, cache=args.cache)
         train = DetectionDataset([images], frame.imgsz, hyp=hyp, augment=True, **shared)
         loader, _ = build_loaders(
-            cfg, train, DetectionDataset(data.val, frame.imgsz, rect=True, **shared), frame, world
+            cfg, train, DetectionDataset(data.val, frame.imgsz, rect=True, **shared), frame, world, device
         )
         learner = build_learner(model, cfg, hyp, frame, len(loader), device, world)
         learner.model.train()
@@ -120,7 +120,7 @@ def measure(case: str, args: argparse.Namespace, device: torch.device) -> list[o
         memory = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else float("nan")
         held = [b for b in islice(loader, 8)]
         if device.type == "cuda":
-            held = [b.pin_memory() for b in held]
+            held = [b.to("cpu").pin_memory() for b in held]
         replay = rate(learner, islice(cycle(held), total), args.warmup)
     stem = name.removesuffix(".yaml")
     then, then_replay, then_memory = UPSTREAM.get((stem, int(batch)), (None, None, None))

@@ -2,7 +2,7 @@
 
     python detect.py --weights runs/train/exp/weights/best.pt --source photo.jpg
     python detect.py --weights best.pt --source folder/ --save-txt --save-crop      # also: 'a/**/*.png', list.txt
-    python detect.py --weights best.pt --source clip.mp4 --vid-stride 2
+    python detect.py --weights best.pt --source clip.mp4 --vid-stride 2 --batch-size 8
     python detect.py --weights best.onnx --source photo.jpg           # and the other formats of export.py
     python detect.py --weights best.pt --source 0                                   # webcam; rtsp://..., 'screen'
 
@@ -56,6 +56,8 @@ def _add_input_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--data", default="", metavar="YAML", help=names)
     image_size_flag(group, nargs="+")
     add_dcn_backend_flag(group)
+    batch = "frames that go through the model together, where their sizes agree (default: 1)"
+    group.add_argument("--batch-size", type=int, default=1, metavar="N", help=batch)
     stride = "look at every N-th frame of videos and streams (default: 1)"
     group.add_argument("--vid-stride", type=int, default=1, metavar="N", help=stride)
 
@@ -91,6 +93,8 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     args = build_parser().parse_args(argv)
     if args.line_thickness < 0:
         raise ConfigError(f"--line-thickness {args.line_thickness}: expected 0 or more")
+    if args.batch_size < 1:
+        raise ConfigError(f"--batch-size {args.batch_size}: expected 1 or more")
     exported = next((path for path in args.weights if format_of(path)), None)
     if exported and (args.update or args.visualize):
         flag = "--update" if args.update else "--visualize"
@@ -121,7 +125,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if saved:
             folder = new_run_dir(args.project, args.name, args.exist_ok)
         with ResultWriter(folder, options, detector.names) as writer:
-            summary = predict(detector, source, writer, imgsz, window, folder if args.visualize else None)
+            features = folder if args.visualize else None
+            summary = predict(detector, source, writer, imgsz, window, features, batch_size=args.batch_size)
         closing_lines(summary, writer, saved)
     if window:
         window.close()

@@ -10,14 +10,19 @@ from pathlib import Path
 from torch import Tensor
 
 from engine.feature_maps import record_features, save_features
+from engine.read_ahead import in_batches, read_ahead
 from engine.window import Window
 from engine.writers import ResultWriter
 from models.api import Detector
 from models.results import count_classes
+from utils.augmentations import letterbox_fit
 from utils.console import LOGGER, plural
 from utils.frames import Frame, Source
 from utils.safe_names import UniqueNames, printable
 from utils.stages import STAGES, speed_line
+
+READ_AHEAD = 4
+"""Frames."""
 
 
 @dataclass
@@ -51,31 +56,37 @@ def predict(
     window: Window | None = None,
     feature_folder: Path | None = None,
     on_frame: Callable[[Frame, Tensor], None] | None = None,
+    batch_size: int = 1,
 ) -> Summary:
     """Run the detector over every frame of ``source`` and write what ``writer`` is set to write.
 
     ``imgsz`` (height, width) is rounded up to the stride; each frame is letterboxed to the smallest rectangle of
     stride multiples that holds it. ``feature_folder``: where --visualize puts the feature maps of each picture (of a
     video, its first frame). ``on_frame`` is called with each frame and its (n, 6) detections in whole pixels.
+    ``batch_size``: up to so many frames in a row, of the same network size, go through the model together. Files are
+    read ahead by a thread; live sources are not, what they show next is newer.
     Ctrl-C, and q in the window, end the loop with all files whole; the summary says so. Whatever the source could
     not read is in ``source.failed``.
     """
     imgsz = detector.round_size(imgsz)
     detector.warmup(imgsz)
     summary, maps = Summary(), _FeatureMaps(feature_folder)
+    frames = source if source.live else read_ahead(source, max(READ_AHEAD, batch_size))
+    size = 1 if source.live or feature_folder else batch_size
     try:
-        for frame in source:
-            with maps.recording(detector, frame):
-                found, milliseconds, shape = detector.detect([frame.image], imgsz)
-            detections = whole_pixels(found[0])
-            summary.add(len(detections), milliseconds, shape)
-            LOGGER.info(frame_line(frame, shape, detections, detector.names, milliseconds[1]))
-            drawn = writer.draw(frame, detections) if writer.options.pictures or window else None
-            writer.write(frame, detections, drawn)
-            if on_frame:
-                on_frame(frame, detections)
-            if window and window.show(frame.path, drawn):
-                break
+        for batch in in_batches(frames, size, lambda frame: letterbox_fit(frame.image.shape[:2], imgsz).size):
+            with maps.recording(detector, batch[0]):
+                found, milliseconds, shape = detector.detect([frame.image for frame in batch], imgsz)
+            for frame, boxes in zip(batch, found):
+                detections = whole_pixels(boxes)
+                summary.add(len(detections), milliseconds, shape)
+                LOGGER.info(frame_line(frame, shape, detections, detector.names, milliseconds[1]))
+                drawn = writer.draw(frame, detections) if window else None
+                writer.write(frame, detections, drawn)
+                if on_frame:
+                    on_frame(frame, detections)
+                if window and window.show(frame.path, drawn):
+                    return summary
     except KeyboardInterrupt:
         summary.interrupted = True
     return summary

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
-from collections import defaultdict
+import os
+from collections import defaultdict, deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
@@ -20,6 +22,8 @@ from utils.labels import format_detections
 from utils.plots import write_image
 from utils.safe_names import UniqueNames, class_folders, spreadsheet_text
 
+PENDING = 16
+"""Pictures that wait to be drawn and written, at most: their memory."""
 CSV_HEADER = ("Image Name", "Prediction", "Confidence")
 
 
@@ -47,6 +51,9 @@ class OutputOptions:
 class ResultWriter:
     """Writes the results of frames into ``folder``; a context manager, because videos and the table stay open.
 
+    Pictures and videos are drawn and compressed by threads in the background: pictures side by side, the frames of
+    videos one after another. What goes wrong there is raised by the next :meth:`write` or by :meth:`close`.
+
     Sources with the same file stem get -2, -3, ... so that nothing of one run replaces another's result; files of an
     earlier run in the same folder (--exist-ok) are replaced, never appended to.
     """
@@ -59,6 +66,9 @@ class ResultWriter:
         self._crop_names: dict[Path, UniqueNames] = defaultdict(UniqueNames)
         self._folders = class_folders(names) if options.crops else {}
         self._videos: dict[tuple[str, int], VideoFile] = {}
+        self._painters = ThreadPoolExecutor(min(4, os.cpu_count() or 1), "pictures")
+        self._film = ThreadPoolExecutor(1, "video")
+        self._pending: deque[Future] = deque()
         self._table = Table(folder / "predictions.csv") if options.table else None
         if options.text:
             (folder / "labels").mkdir(parents=True, exist_ok=True)
@@ -70,15 +80,25 @@ class ResultWriter:
         self.close()
 
     def close(self) -> None:
-        """Finish the videos and the table."""
-        for video in self._videos.values():
-            video.close()
-        if self._table:
-            self._table.close()
+        """Finish pictures, videos and the table."""
+        try:
+            self._wait(0)
+        finally:
+            self._painters.shutdown()
+            self._film.shutdown()
+            for video in self._videos.values():
+                video.close()
+            if self._table:
+                self._table.close()
 
-    def write(self, frame: Frame, detections: Tensor, drawn: np.ndarray | None) -> None:
+    def _wait(self, most: int) -> None:
+        """Until at most so many pictures are waiting to be written."""
+        while len(self._pending) > most:
+            self._pending.popleft().result()
+
+    def write(self, frame: Frame, detections: Tensor, drawn: np.ndarray | None = None) -> None:
         """Write one frame's results. ``detections`` (n, 6) float32 on the CPU: x1, y1, x2, y2 in whole pixels of the
-        frame, confidence, class, by falling confidence; ``drawn`` the annotated picture, when pictures are wanted."""
+        frame, confidence, class, by falling confidence; ``drawn`` the annotated picture where there is one already."""
         stem = self._stem(frame)
         if self.options.text:
             self._write_labels(frame, stem, detections)
@@ -87,8 +107,10 @@ class ResultWriter:
                 self._table.row(frame.name, self.class_name(int(cls)), conf)
         if self.options.crops:
             self._write_crops(frame, stem, detections)
-        if self.options.pictures and drawn is not None:
-            self._write_image(frame, stem, drawn)
+        if self.options.pictures:
+            threads = self._painters if frame.kind == "image" else self._film
+            self._pending.append(threads.submit(self._write_image, frame, stem, detections, drawn))
+            self._wait(PENDING)
 
     def draw(self, frame: Frame, detections: Tensor) -> np.ndarray:
         """A copy of the frame, uint8 (H, W, 3) RGB, with the detections drawn as the options say."""
@@ -131,7 +153,8 @@ class ResultWriter:
             name = self._crop_names[folder].take(stem)
             write_image(folder / f"{name}.jpg", crop_box(frame.image, box))
 
-    def _write_image(self, frame: Frame, stem: str, drawn: np.ndarray) -> None:
+    def _write_image(self, frame: Frame, stem: str, detections: Tensor, drawn: np.ndarray | None) -> None:
+        drawn = self.draw(frame, detections) if drawn is None else drawn
         if frame.kind == "image":
             write_image(self.folder / f"{stem}{picture_suffix(frame.name)}", drawn)
             return

@@ -22,8 +22,9 @@ utils.signals utils.safe_names models.ops.precision models.ops.layout models.ops
 models.ops.dcn_launch models.ops.dcn_cuda utils.pickle_records
 models.ops.dcn_op utils.torch_tensors utils.pickle_reader
 utils.errors utils.console utils.boxes utils.augmentations utils.frames utils.crops utils.label_index \
-    utils.batch_memory utils.device_augment utils.assign utils.autoanchor utils.batched_nms utils.dcn_watch utils.early_stopping \
-    utils.ema utils.nan_search utils.stages utils.torch_legacy models.activations models.ops.deform_conv
+    utils.batch_memory utils.device_augment utils.assign utils.autoanchor utils.batched_nms utils.dcn_watch \
+    utils.early_stopping utils.ema utils.nan_search utils.stages utils.torch_legacy models.activations \
+    models.ops.deform_conv
 utils.files utils.torch_file utils.npz utils.device utils.dist utils.images utils.label_table utils.labels \
     utils.mosaic utils.plots utils.curves utils.metrics utils.confusion utils.coco utils.optim utils.autobatch \
     utils.streams models.common models.head
@@ -47,7 +48,8 @@ deploy.run_onnx deploy.run_torch deploy.run_openvino deploy.run_ncnn \
     deploy.tensorrt.run_engine deploy.tensorrt.plugin.harness
 deploy.runtime deploy.tensorrt.build
 deploy.exporter
-engine.window engine.feature_maps engine.resume engine.diagnosis engine.graphs engine.evaluator engine.writers
+engine.window engine.feature_maps engine.read_ahead engine.resume engine.diagnosis engine.graphs engine.evaluator \
+    engine.writers
 engine.epoch
 engine.state engine.parts engine.eval_outputs engine.predictor
 engine.run

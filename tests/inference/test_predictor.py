@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import threading
+import time
 from pathlib import Path
 
 import cv2
@@ -12,6 +14,7 @@ import torch
 
 from engine.feature_maps import feature_grid, record_features, save_features
 from engine.predictor import Summary, closing_lines, predict
+from engine.read_ahead import read_ahead
 from engine.window import Window
 from engine.writers import OutputOptions, ResultWriter
 from models.api import Detector
@@ -156,6 +159,47 @@ def test_ctrl_c_leaves_whole_files(detector: Detector, tmp_path: Path) -> None:
     assert len((tmp_path / "predictions.csv").read_text().splitlines()) == 1 + 2 * 3
 
 
+def test_batches_change_nothing(detector: Detector, tmp_path: Path) -> None:
+    """Pictures of two sizes and a video, one at a time and in batches: the same files, byte for byte, in full batches
+    of one network size."""
+    for number in range(7):
+        write_png(tmp_path / "in" / f"{number}.png", height=96 if number < 4 else 64)
+    write_video(tmp_path / "in" / "clip.mp4", frames=5)
+    for name, size in (("one", 1), ("three", 3)):
+        (tmp_path / name).mkdir()
+        source = open_source(str(tmp_path / "in"))
+        with ResultWriter(tmp_path / name, OutputOptions(text=True, table=True), detector.names) as writer:
+            summary = predict(detector, source, writer, (128, 128), batch_size=size)
+        assert summary.frames == 12
+    assert files(tmp_path / "one") == files(tmp_path / "three")
+    for file in files(tmp_path / "one"):
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "three" / file).read_bytes(), file
+    assert [shape[0] for shape in detector.model.seen[12:]] == [3, 1, 3, 3, 2]
+
+
+def test_a_source_that_fails_is_heard_after_its_frames(detector: Detector, tmp_path: Path) -> None:
+    with ResultWriter(tmp_path, OutputOptions(), detector.names) as writer, pytest.raises(OSError):
+        predict(detector, Scripted(stream_frame(1), stream_frame(2), OSError), writer, (128, 128))
+    assert cv2.VideoCapture(str(tmp_path / "h_live.mp4")).get(cv2.CAP_PROP_FRAME_COUNT) == 2
+
+
+def test_leaving_the_loop_ends_the_reading_thread() -> None:
+    taken = []
+
+    def endless():
+        while True:
+            taken.append(len(taken))
+            yield taken[-1]
+
+    reader = read_ahead(endless(), 3)
+    assert [next(reader) for _ in range(4)] == [0, 1, 2, 3]
+    reader.close()
+    deadline = time.monotonic() + 10
+    while any(thread.name == "read ahead" for thread in threading.enumerate()) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not any(thread.name == "read ahead" for thread in threading.enumerate()) and len(taken) <= 9
+
+
 def test_a_stream_that_changes_its_size_goes_on_in_a_second_file(detector: Detector, tmp_path: Path) -> None:
     go(detector, Scripted(stream_frame(1), stream_frame(2, 64), stream_frame(3, 64)), tmp_path)
     counts = [cv2.VideoCapture(str(tmp_path / n)).get(7) for n in ("h_live.mp4", "h_live_part2.mp4")]
@@ -166,8 +210,9 @@ def test_a_video_that_cannot_be_written_is_said(detector: Detector, tmp_path: Pa
     writer = ResultWriter(tmp_path, OutputOptions(), detector.names)
     tmp_path = tmp_path / "gone"
     writer.folder = tmp_path
+    writer.write(stream_frame(1), torch.zeros(0, 6), picture())
     with pytest.raises(ResourceError, match="h_live.mp4: a 128x96 video cannot be written"):
-        writer.write(stream_frame(1), torch.zeros(0, 6), picture())
+        writer.close()
 
 
 def test_table(tmp_path: Path) -> None:

@@ -168,7 +168,7 @@ def plot_labels(labels: np.ndarray, names: Mapping[int, str], file: str | Path) 
     where centres and sizes lie."""
     from matplotlib.collections import LineCollection
 
-    labels = np.asarray(labels, float).reshape(-1, 5)
+    labels = np.asarray(labels, np.float32).reshape(-1, 5)  # as they are kept: not copied
     figure, (bars, outlines, places, sizes) = new_figure(2, 2, size=(8, 8))
     counts = np.bincount(labels[:, 0].astype(int), minlength=len(names))
     bars.bar(range(len(counts)), counts)

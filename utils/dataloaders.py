@@ -140,6 +140,9 @@ class EpochSampler:
     def _share(self, order: np.ndarray) -> np.ndarray:
         if self.size == 1:
             return order
+        if self.block == 1:
+            whole = -(-len(order) // self.size) * self.size
+            return (np.resize(order, whole) if self.even and len(order) else order)[self.rank :: self.size]
         blocks = [order[i : i + self.block] for i in range(0, len(order), self.block)]
         if self.even and blocks:
             blocks[-1] = np.resize(blocks[-1], self.block)

@@ -173,6 +173,16 @@ class DetectionDataset(Dataset):
         """The file of image ``index``."""
         return self.index.paths[index]
 
+    def box_sizes(self, most: int, rng: np.random.Generator) -> np.ndarray:
+        """(m, 2) float32 widths and heights in pixels, images scaled to ``imgsz``, of all boxes or ``most`` of them."""
+        rows = np.arange(len(self.labels))
+        if len(rows) > most:
+            rows = np.sort(rng.choice(len(rows), most, replace=False))
+        sizes = self.shapes[np.searchsorted(self.offsets, rows, side="right") - 1]
+        return self.labels[rows, 3:5] * (sizes * (self.imgsz / sizes.max(1, keepdims=True, initial=1))).astype(
+            np.float32
+        )
+
     def class_counts(self) -> np.ndarray:
         """(nc,) int64: boxes of each class."""
         return np.bincount(self.labels[:, 0].astype(np.int64), minlength=self.nc or 0)

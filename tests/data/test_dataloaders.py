@@ -65,6 +65,18 @@ def test_ranks_share_every_image(length: int, size: int) -> None:
     assert sorted(d.index for s in exact for d in s.draws(0)) == list(range(length))
 
 
+@pytest.mark.parametrize(
+    ("length", "size", "even"), [(10, 3, True), (2, 5, True), (2, 5, False), (0, 2, True), (9, 3, False)]
+)
+def test_single_images_are_shared_as_blocks_of_one_would_be(length: int, size: int, even: bool) -> None:
+    order = np.random.default_rng(0).permutation(length)
+    whole = -(-length // size) * size
+    for rank in range(size):
+        sampler = EpochSampler(length, shuffle=True, rank=rank, size=size, even=even)
+        expected = [order[i % length] for i in range(rank, whole if even else length, size)]
+        assert sampler._share(order).tolist() == expected
+
+
 def test_rectangular_batches_stay_whole_on_every_rank() -> None:
     for even in (True, False):
         for rank in range(2):

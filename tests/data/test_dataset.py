@@ -136,6 +136,15 @@ def test_class_counts_and_shapes(make_set: Callable) -> None:
     assert data.offsets.tolist() == [0, 2, 4] and data.labels.shape == (4, 5)
 
 
+def test_box_sizes_are_in_pixels_of_the_scaled_image(make_set: Callable) -> None:
+    images = make_set({"a": ROWS, "b": "", "c": ROWS})  # 60 x 40 pixels
+    data = DetectionDataset(images, 120, nc=2, show=False)
+    expected = np.array([(48, 32), (24, 16)] * 2)
+    np.testing.assert_allclose(data.box_sizes(9, np.random.default_rng(0)), expected, rtol=1e-6)
+    some = data.box_sizes(3, np.random.default_rng(0))
+    assert len(some) == 3 and all(any(np.allclose(row, one) for one in expected) for row in some)
+
+
 @pytest.mark.parametrize("kind", ["ram", "disk"])
 def test_cached_images_are_the_images(make_set: Callable, kind: str, tmp_path: Path) -> None:
     images = make_set({name: ROWS for name in "abc"})

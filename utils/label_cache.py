@@ -11,7 +11,7 @@ import json
 import os
 import time
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -33,6 +33,7 @@ DAY = 86_400.0
 SETTLED_NS = 2_000_000_000
 """A file changed less than this before a scan is read again next time: file systems keep times this coarsely."""
 
+_TASK = 50  # images that a thread reads before it asks for more
 _CHUNK = 20_000  # images read at a time: as objects they take a kilobyte each
 MAX_SHOWN = 10
 _KINDS = {
@@ -132,17 +133,25 @@ def _scan(
     todo = np.flatnonzero(places < 0)
     if not len(todo):
         return known.take(places), 0
-    workers = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     tables = [known] if known is not None else []
     reused = sum(map(len, tables))
-    with ThreadPoolExecutor(workers) as pool:
-        chunks = (todo[first : first + _CHUNK] for first in range(0, len(todo), _CHUNK))
-        results = (entry for chunk in chunks for entry in pool.map(lambda i: read_entry(images[i], nc), chunk))
-        read = iter(progress(results, total=len(todo), desc=title, enabled=show and len(todo) > 500))
-        while entries := list(islice(read, _CHUNK)):
-            tables.append(_pack(entries))
+    read = _read_entries(images, todo, nc)
+    read = iter(progress(read, total=len(todo), desc=title, enabled=show and len(todo) > 500))
+    while entries := list(islice(read, _CHUNK)):
+        tables.append(_pack(entries))
     places[todo] = np.arange(reused, reused + len(todo))
     return join_tables(tables).take(places), len(todo)
+
+
+def _read_entries(images: list[str], todo: np.ndarray, nc: int | None) -> Iterator[Entry]:
+    """:func:`read_entry` of the images of these numbers, in order, by several threads: they wait for the disk."""
+    workers = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    with ThreadPoolExecutor(workers) as pool:
+        for first in range(0, len(todo), _CHUNK):
+            chunk = todo[first : first + _CHUNK]
+            parts = [chunk[at : at + _TASK] for at in range(0, len(chunk), _TASK)]
+            for entries in pool.map(lambda part: [read_entry(images[i], nc) for i in part], parts):
+                yield from entries
 
 
 def _stamps(images: list[str]) -> np.ndarray:

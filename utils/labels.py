@@ -21,7 +21,7 @@ MAX_BYTES, MAX_ROW = 16_000_000, 2_000_000
 """Bytes of a label file and characters of one row: many times what the finest polygons of a picture take."""
 MAX_FAULTS = 1000
 """A file with more bad rows than this is no label file."""
-_MANY_ROWS = 12  # below, arrays cost more than they save
+_MANY_ROWS = 6  # below, arrays cost more than they save
 MAX_CLASS = 1 << 24  # float32 counts up to here
 TOLERANCE = 0.01
 """Coordinates this far outside 0..1 are rounding in somebody's converter: they are clipped, not refused."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import count, islice
@@ -151,13 +150,23 @@ class EpochSampler:
 
     def draws(self, epoch: int) -> Iterator[Draw]:
         """What this rank loads in an epoch, in order."""
-        seen: Counter[int] = Counter()
-        for index in self._share(self.order(epoch)).tolist():
-            yield Draw(epoch, index, seen[index])
-            seen[index] += 1
+        indices = self._share(self.order(epoch))
+        for index, repeat in zip(indices.tolist(), earlier(indices).tolist()):
+            yield Draw(epoch, index, repeat)
 
     def __len__(self) -> int:
         return len(self._share(np.arange(self.length)))
+
+
+def earlier(values: np.ndarray) -> np.ndarray:
+    """(n,) how often each of ``values`` (n,) came before it."""
+    order = np.argsort(values, kind="stable")
+    ranked, place = values[order], np.arange(len(values))
+    first = np.ones(len(values), bool)
+    first[1:] = ranked[1:] != ranked[:-1]
+    count = np.empty_like(place)
+    count[order] = place - np.maximum.accumulate(np.where(first, place, 0))
+    return count
 
 
 class EpochBatches(Sampler[list[Draw]]):

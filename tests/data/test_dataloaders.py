@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from utils.dataloaders import EpochSampler, collate_quad, create_dataloader
+from utils.dataloaders import EpochSampler, collate_quad, create_dataloader, earlier
 from utils.dataset import DetectionDataset, Draw, Sample
 from utils.errors import DataError, ResourceError
 
@@ -75,6 +75,11 @@ def test_single_images_are_shared_as_blocks_of_one_would_be(length: int, size: i
         sampler = EpochSampler(length, shuffle=True, rank=rank, size=size, even=even)
         expected = [order[i % length] for i in range(rank, whole if even else length, size)]
         assert sampler._share(order).tolist() == expected
+
+
+def test_earlier_counts() -> None:
+    assert earlier(np.array([5, 2, 5, 5, 2, 9])).tolist() == [0, 0, 1, 2, 1, 0]
+    assert earlier(np.zeros(0, np.int64)).tolist() == []
 
 
 def test_rectangular_batches_stay_whole_on_every_rank() -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch._C._aoti import AOTIModelPackageLoader
 
 from deploy.contract import Runtime
+from deploy.crash_guard import may_crash, refuse_what_crashes
 from deploy.metadata import parse
 from deploy.to_torch import ENTRIES
 from utils.errors import ConfigError, ExportError
@@ -40,11 +41,14 @@ class TorchScriptRuntime(Runtime):
 
 
 class AotiRuntime(Runtime):
-    """Compiled for one kind of device, and run on that."""
+    """Compiled for one kind of device, and run on that. ``tried``: another process has opened it without coming to
+    grief, so that it is opened here."""
 
-    def __init__(self, path: Path, device: torch.device) -> None:
+    def __init__(self, path: Path, device: torch.device, tried: bool = False) -> None:
         try:
             _check_device(path, device)
+            if not tried and may_crash(device):
+                refuse_what_crashes(path, device)
             # not by aoti_load_package: it compiles test programs first, to say what this processor knows (20 seconds)
             index = -1 if device.index is None else device.index
             package = AOTIModelPackageLoader(str(path), MODEL, False, 1, index)
@@ -58,9 +62,15 @@ class AotiRuntime(Runtime):
         return output
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a package says of itself, ours and torch's; it is not opened for that. Raises RuntimeError and the like for
+    a file that is none."""
+    return AOTIModelPackageLoader.load_metadata_from_package(str(path), MODEL)
+
+
 def _check_device(path: Path, device: torch.device) -> None:
     """Raise ConfigError or ExportError for a package that was compiled for something else; it would end the process."""
-    told = AOTIModelPackageLoader.load_metadata_from_package(str(path), MODEL)
+    told = read_metadata(path)
     kind = told.get("AOTI_DEVICE_KEY", "cpu")
     if kind != device.type:
         raise ConfigError(f"{path}: compiled for {kind}, and --device is {device.type}; export it again with --device")

@@ -40,13 +40,13 @@ models
 deploy.fused_dcn
 deploy.formats deploy.dcn_forms deploy.metadata deploy.checking deploy.tensorrt.backend deploy.tensorrt.sizes \
     deploy.tensorrt.plugin.kernels
-deploy.contract deploy.wrap deploy.to_wts deploy.tensorrt.network deploy.tensorrt.onnx_backend \
+deploy.contract deploy.crash_guard deploy.wrap deploy.to_wts deploy.tensorrt.network deploy.tensorrt.onnx_backend \
     deploy.tensorrt.trt_backend deploy.tensorrt.engine_file deploy.tensorrt.plugin.compile
 deploy.to_onnx deploy.to_torch deploy.to_openvino deploy.to_ncnn deploy.tensorrt.plugin_backend \
     deploy.tensorrt.plugin.build
 deploy.run_onnx deploy.run_torch deploy.run_openvino deploy.run_ncnn \
     deploy.tensorrt.run_engine deploy.tensorrt.plugin.harness
-deploy.runtime deploy.tensorrt.build
+deploy.runtime deploy.run_apart deploy.trial deploy.tensorrt.build
 deploy.exporter
 engine.window engine.feature_maps engine.read_ahead engine.resume engine.diagnosis engine.graphs engine.evaluator \
     engine.writers

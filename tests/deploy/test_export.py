@@ -20,6 +20,7 @@ from deploy.exporter import export as write
 from deploy.exporter import prepare
 from deploy.formats import BY_NAME
 from deploy.metadata import describe, parse
+from deploy.run_apart import ApartRuntime
 from deploy.runtime import open_runtime
 from models.loading import load_model
 from models.yolo import DetectionModel
@@ -132,7 +133,7 @@ def test_wrong_flags_are_one_line(
 
 
 @pytest.mark.slow
-def test_a_compiled_package(make_job, tmp_path: Path) -> None:
+def test_a_compiled_package(make_job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [[-1, 1, "Conv", [8, 6, 2, 2]], [-1, 1, "DCN", [8, 3, 2]], [-1, 1, "Conv", [8, 3, 2]]]  # g++ takes its time
     spec = {**TINY, "anchors": TINY["anchors"][:1], "backbone": rows, "head": [[[2], 1, "Detect", ["nc", "anchors"]]]}
     weights = saved(DetectionModel(spec), tmp_path / "small.pt")
@@ -142,6 +143,10 @@ def test_a_compiled_package(make_job, tmp_path: Path) -> None:
     images = torch.rand(3, 3, 96, 128)
     with torch.no_grad():
         assert difference(load_model(weights)(images)[0], runtime(images)[0]).relative < 1e-3
+        # as export.py compares packages for a GPU: opened by another process, which may die of it
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        assert torch.equal(ApartRuntime(path, torch.device("cpu"))(images)[0], runtime(images)[0])
+    assert len(list((tmp_path / "dcn-yolov5" / "opened").iterdir())) == 1
 
 
 def test_float16_torchscript_keeps_its_weights_when_the_detector_asks_for_float32(

@@ -1,0 +1,238 @@
+"""Where the loader of AOTInductor packages crashes: small packages, opened in many ways, each in its own process.
+
+    PYTHONPYCACHEPREFIX=/tmp/pyc python -m benchmarks.aoti_probe                 # on the GPU: 2 minutes at most
+    python -m benchmarks.aoti_probe --device cpu                                 # the same steps where nothing crashes
+
+The question (torch 2.11.0+cu130, H100, 2026-11-24): packages for the GPU compile; the constructor of
+AOTIModelPackageLoader then ends the process by SIGSEGV, in fresh processes and in export.py, which had just compiled
+them, but not in one that had run the model eagerly on the GPU before it compiled and opened it. There was no native
+stack. What the sources of that torch say, in the order in which it should be looked at:
+
+1. **The state of the process.** The one load that worked came after eager convolutions (cuDNN, cuBLAS and Triton's
+   launcher loaded); the others had only made a tensor. ``warm`` against ``init`` tells; if ``warm`` works, so does a
+   convolution before opening.
+2. **dlopen or what follows.** The constructor unpacks to a temporary folder, dlopens the .so (RTLD_NOW, RTLD_LOCAL),
+   reads a .json of extern kernels where there is one, and calls AOTInductorModelContainerCreateWithDevice. ``by hand``
+   does these one by one and says after which it died.
+3. **The CUDA runtime that the .so gets.** cpp_builder links it with -lcuda and -ltorch_cuda but not -lcudart, so that
+   cudaGetDevice, cudaMalloc and cudaMemcpy, all that a constructor calls, are looked up in whatever the process holds
+   (a missing one would be an error, not a crash). ``bindings`` lists what they are bound to; it should be the
+   libcudart.so.13 that torch uses, and no stub.
+4. **The constants.** They lie in the .so's read-only data and are copied to the GPU by the constructor.
+   ``no constants`` has none (the plain model without weights): if that opens and the others do not, it is the copy.
+
+Ruled out: the CPU (a package for it, of the same torch, opens in a fresh process); errors thrown by the .so (it turns
+them into a status and a line on stderr, and there was none).
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.report import cpu_name, heading, table
+from deploy.crash_guard import run_module, signal_name
+from deploy.dcn_forms import use_dcn_form
+from models.common import DCN
+from utils.device import describe_device, select_device
+
+STEPS = ("cold", "init", "warm", "single", "aoti_load_package", "by hand", "bindings")
+SHOWN = 30
+"""Lines of a process that died."""
+
+SECONDS = 90
+
+
+def toy(kind: str, device: torch.device) -> tuple[nn.Module, Tensor]:
+    """A model and its input, the same in every process. ``kind``: plain, fused, gridsample or empty (no constants)."""
+    torch.manual_seed(0)
+    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    if kind == "empty":
+        return nn.SiLU(), torch.rand(2, 3, 128, 128, device=device, dtype=dtype)
+    middle: nn.Module = nn.Conv2d(64, 128, 3, 2, 1)
+    if kind != "plain":
+        middle = DCN(64, 128, 3, 2)
+        nn.init.normal_(middle.conv_offset_mask.weight, std=0.05)
+    model = nn.Sequential(nn.Conv2d(3, 64, 3, 2, 1), nn.SiLU(), middle, nn.Conv2d(128, 8, 1))
+    model = model.eval().requires_grad_(False).to(device, dtype)
+    if kind != "plain":
+        use_dcn_form(model, kind)
+    return model.to(memory_format=torch.channels_last), torch.rand(2, 3, 128, 128, device=device, dtype=dtype)
+
+
+def make(package: Path, device: torch.device, eager_first: bool) -> None:
+    """Compile, then open in the same process, which had run the model before if ``eager_first``."""
+    model, images = toy(package.stem.split("-")[0], device)
+    begun = time.perf_counter()
+    with torch.no_grad():
+        if eager_first:
+            model(images)
+        program = torch.export.export(model, (images,))
+        torch._inductor.aoti_compile_and_package(program, package_path=str(package))
+    print(f"compiled in {time.perf_counter() - begun:.0f} s", flush=True)
+    compare(open_package(package, False), package, device)
+
+
+def open_package(package: Path, single: bool):
+    """A function of the images."""
+    loader = torch._C._aoti.AOTIModelPackageLoader(str(package), "model", single, 1, -1)
+    print("opened", flush=True)
+    return lambda images: loader.run([images])[0]
+
+
+def compare(call, package: Path, device: torch.device) -> None:
+    model, images = toy(package.stem.split("-")[0], device)
+    found = call(images)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    print("ran", flush=True)
+    print(f"off by {float((found - model(images)).abs().max()):.2g}", flush=True)
+
+
+def step(name: str, package: Path, device: torch.device) -> None:
+    """One way to open a package, in this process."""
+    if name != "cold":
+        torch.zeros(1, device=device)
+    if name == "warm":
+        nn.functional.conv2d(*(torch.rand(2, 16, 16, 16, device=device) for _ in range(2)))
+        torch.rand(64, 64, device=device) @ torch.rand(64, 64, device=device)
+    if name in ("by hand", "bindings"):
+        by_hand(package, device)
+    elif name == "aoti_load_package":
+        compare(torch._inductor.aoti_load_package(str(package)), package, device)
+    else:
+        compare(open_package(package, name == "single"), package, device)
+
+
+def by_hand(package: Path, device: torch.device) -> None:
+    """What the loader does, one by one."""
+    folder = package.with_suffix(f".{os.getpid()}")
+    with zipfile.ZipFile(package) as archive:
+        archive.extractall(folder)
+    library = next(folder.rglob("*.so"))
+    print(*(f"{each.name} {each.stat().st_size}" for each in folder.rglob("*") if each.is_file()), sep="\n")
+    for command in (["ldd", str(library)], ["readelf", "-d", str(library)]):
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            print(*(line for line in done.stdout.splitlines() if "=>" in line or "PATH" in line), sep="\n", flush=True)
+        except OSError as error:
+            print(error)
+    print("dlopen", flush=True)
+    module = ctypes.CDLL(str(library), mode=os.RTLD_NOW | os.RTLD_LOCAL)
+    print("create", flush=True)
+    handle, where = ctypes.c_void_p(), "cuda:0" if device.type == "cuda" else "cpu"
+    create = module.AOTInductorModelContainerCreateWithDevice
+    status = create(ctypes.byref(handle), ctypes.c_size_t(1), where.encode(), str(library.parent).encode())
+    print(f"created: status {status}, {'a' if handle.value else 'no'} container", flush=True)
+
+
+def bindings(package: Path, device: torch.device, folder: Path) -> tuple[str, str]:
+    """``by hand`` under the eyes of the dynamic linker: where the .so's own symbols come from, and all of CUDA's."""
+    log = folder / f"{package.stem}.ld"
+    # all symbols at once: a constructor that crashes would leave the rest unbound
+    watched = {"LD_DEBUG": "bindings", "LD_DEBUG_OUTPUT": str(log), "LD_BIND_NOW": ""}
+    done = start("bindings", package, device, **watched)
+    sources: Counter[str] = Counter()
+    cuda = set()
+    for file in folder.glob(f"{log.name}.*"):
+        with file.open(errors="replace") as lines:
+            for line in lines:
+                head, _, symbol = line.partition(": normal symbol ")
+                reader, _, source = head.partition(" to ")
+                if symbol and ".wrapper.so" in reader:
+                    name = Path(source.split(" [")[0]).name
+                    sources[name] += 1
+                    if symbol.startswith("`cu"):
+                        cuda.add(f"{symbol.split(chr(39))[0][1:]} from {source.split(' [')[0]}")
+        file.unlink()
+    found = ", ".join(f"{count} from {name}" for name, count in sources.most_common())
+    return ended(done), "\n".join([f"the .so's symbols: {found or 'none seen'}", *sorted(cuda), *tail(done)])
+
+
+def start(name: str, package: Path, device: torch.device, **variables: str) -> subprocess.CompletedProcess[str]:
+    words = ["--step", name, str(package), "--device", "0" if device.type == "cuda" else "cpu"]
+    return run_module("benchmarks.aoti_probe", words, SECONDS, **variables)
+
+
+def ended(done: subprocess.CompletedProcess[str]) -> str:
+    """A cell of the table: how, and the last line that it said."""
+    said = [line for line in done.stdout.splitlines() if line.strip()] or ["nothing said"]
+    how = signal_name(-done.returncode) if done.returncode < 0 else f"status {done.returncode}"
+    return said[-1] if done.returncode == 0 else f"**{how}** after: {said[-1]}"
+
+
+def tail(done: subprocess.CompletedProcess[str]) -> list[str]:
+    """The native stack or the traceback of a process that did not end well."""
+    if done.returncode == 0:
+        return []
+    lines = done.stderr.splitlines()
+    first = next((number for number, line in enumerate(lines) if line.startswith("SIG")), max(len(lines) - SHOWN, 0))
+    return [line[:250] for line in lines[first : first + SHOWN]]
+
+
+def probe(device: torch.device, folder: Path) -> None:
+    """Compile, then every way of opening at the same time; prints as it goes, so that a time limit leaves something."""
+    kinds = ["plain", "fused" if device.type == "cuda" else "gridsample", "empty"]
+    made = {f"{kind}": folder / f"{kind}.pt2" for kind in kinds}
+    made[f"{kinds[1]}, run eagerly first"] = folder / f"{kinds[1]}-eager.pt2"
+    details, rows = [], []
+    with ThreadPoolExecutor(max(2, (os.cpu_count() or 2) // 2)) as pool:
+        jobs = {
+            (name, "made and opened at once"): pool.submit(start, "make", path, device) for name, path in made.items()
+        }
+        for (name, how), job in jobs.items():
+            rows.append([name, how, ended(job.result())])
+            details += [[name, how, tail(job.result())]]
+        print(table(["package", "process", "ended"], rows), flush=True)
+        there = {name: path for name, path in made.items() if path.exists() and "eagerly" not in name}
+        steps = {
+            (name, each): pool.submit(start, each, path, device) for name, path in there.items() for each in STEPS[:-1]
+        }
+        rows = []
+        for (name, how), job in steps.items():
+            rows.append([name, how, ended(job.result())])
+            details += [[name, how, tail(job.result())]]
+            if how == "by hand":
+                details[-1][2] = job.result().stdout.splitlines() + details[-1][2]
+        print(table(["package", "fresh process", "ended"], rows), flush=True)
+    for name, how, lines in details:
+        if lines:
+            print(f"\n### {name}, {how}", *lines, sep="\n", flush=True)
+    for name, path in there.items():
+        print(f"\n### {name}, bindings", *bindings(path, device, folder), sep="\n", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="0" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--step", nargs=2, default=[], help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    device = select_device(args.device)
+    if not args.step:
+        print(heading(describe_device(device) if device.type == "cuda" else cpu_name()))
+        with tempfile.TemporaryDirectory() as folder:
+            probe(device, Path(folder))
+        return
+    torch._C._set_print_stack_traces_on_fatal_signal(True)
+    name, package = args.step[0], Path(args.step[1])
+    if name == "make":
+        make(package, device, package.stem.endswith("-eager"))
+    else:
+        step(name, package, device)
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

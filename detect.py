@@ -77,6 +77,8 @@ def _add_output_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--save-csv", action="store_true", help="predictions.csv: image name, class, confidence")
     group.add_argument("--save-crop", action="store_true", help="crops/CLASS/NAME.jpg: each detection cut out")
     group.add_argument("--visualize", action="store_true", help="feature maps of each layer, pictures and .npy")
+    offsets = "offsets/NAME.jpg: where the DCN layers sample for the surest objects of each picture"
+    group.add_argument("--show-offsets", action="store_true", help=offsets)
     group.add_argument("--update", action="store_true", help="afterwards drop the optimizer state from --weights")
 
 
@@ -96,8 +98,8 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     if args.batch_size < 1:
         raise ConfigError(f"--batch-size {args.batch_size}: expected 1 or more")
     exported = next((path for path in args.weights if format_of(path)), None)
-    if exported and (args.update or args.visualize):
-        flag = "--update" if args.update else "--visualize"
+    if exported and (args.update or args.visualize or args.show_offsets):
+        flag = "--update" if args.update else "--visualize" if args.visualize else "--show-offsets"
         raise ConfigError(f"{flag}: works on checkpoints (.pt), and {exported} is none")
     check_detection_flags(args)
     return args
@@ -107,6 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Detect; returns the exit status (see the top of this file). Raises UserError for wrong input."""
     args = parse_args(sys.argv[1:] if argv is None else argv)
     # Only from here on is anything heavy imported: --help and a wrong flag answer at once.
+    from engine.offset_pictures import OffsetPictures
     from engine.predictor import closing_lines, predict
     from engine.window import Window
     from engine.writers import ResultWriter
@@ -121,12 +124,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         imgsz = detector.round_size(args.imgsz)
         options = output_options(args)
         folder = Path(args.project) / args.name
-        saved = options.any_file or args.visualize
+        saved = options.any_file or args.visualize or args.show_offsets
         if saved:
             folder = new_run_dir(args.project, args.name, args.exist_ok)
         with ResultWriter(folder, options, detector.names) as writer:
             features = folder if args.visualize else None
-            summary = predict(detector, source, writer, imgsz, window, features, batch_size=args.batch_size)
+            offsets = OffsetPictures(detector, imgsz, folder) if args.show_offsets else None
+            summary = predict(detector, source, writer, imgsz, window, features, offsets, args.batch_size)
         closing_lines(summary, writer, saved)
     if window:
         window.close()
@@ -141,6 +145,7 @@ def open_detector(args: argparse.Namespace) -> Any:
     """The weights on the device, set up as the flags say. Raises ConfigError, CheckpointError."""
     from deploy.runtime import open_model
     from models.api import Detector
+    from models.sampling import dcn_layers
     from models.surgery import use_dcn_backend
     from utils.console import LOGGER
     from utils.device import describe_device, select_device
@@ -157,6 +162,8 @@ def open_detector(args: argparse.Namespace) -> Any:
         agnostic=args.agnostic_nms,
         augment=args.augment,
     )
+    if args.show_offsets:
+        dcn_layers(detector.model)
     if args.data:
         detector.names = names_from(args.data, len(detector.names))
     LOGGER.info(f"{', '.join(args.weights)} on {describe_device(detector.device)}")

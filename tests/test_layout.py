@@ -29,7 +29,7 @@ utils.files utils.torch_file utils.npz utils.device utils.dist utils.images util
     utils.mosaic utils.plots utils.curves utils.metrics utils.confusion utils.coco utils.optim utils.autobatch \
     utils.streams models.common models.head
 utils.config utils.checkpoint utils.wts utils.loggers utils.label_cache utils.sources models.extra models.ghost \
-    models.transformer models.spec models.surgery models.deform models.summary models.results
+    models.transformer models.sampling models.spec models.surgery models.deform models.summary models.results
 utils.cli utils.nms utils.check_data utils.image_cache utils.loss utils.schedule models.parser models.map_size \
     models.upstream
 utils.dataset models.yolo
@@ -51,7 +51,7 @@ deploy.exporter
 engine.window engine.feature_maps engine.read_ahead engine.resume engine.diagnosis engine.graphs engine.evaluator \
     engine.writers
 engine.epoch
-engine.state engine.parts engine.eval_outputs engine.predictor
+engine.state engine.parts engine.eval_outputs engine.offset_pictures engine.predictor
 engine.run
 engine.trainer
 train val detect export gen_wts

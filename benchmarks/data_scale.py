@@ -64,9 +64,12 @@ def make_set(root: Path, images: int, boxes: int, size: tuple[int, int] = (64, 4
 
 
 def label_text(rng: np.random.Generator, boxes: int) -> str:
-    """A label file of this many boxes."""
-    rows = rng.uniform((0, 0.2, 0.2, 0.01, 0.01), (CLASSES, 0.8, 0.8, 0.3, 0.3), (boxes, 5))
-    return "".join(f"{int(c)} {x:.6f} {y:.6f} {w:.6f} {h:.6f}\n" for c, x, y, w, h in rows)
+    """A label file of this many boxes, of sizes and shapes that the usual anchors fit."""
+    centre = rng.uniform(0.25, 0.75, (boxes, 2))
+    width = np.exp(rng.uniform(np.log(0.02), np.log(0.3), boxes))
+    height = width * rng.uniform(0.6, 1.5, boxes)
+    rows = zip(rng.integers(0, CLASSES, boxes), *centre.T, width, height)
+    return "".join(f"{c} {x:.6f} {y:.6f} {w:.6f} {h:.6f}\n" for c, x, y, w, h in rows)
 
 
 def change(images: Path, share: float) -> int:

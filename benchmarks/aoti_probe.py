@@ -14,15 +14,18 @@ stack. What the sources of that torch say, in the order in which it should be lo
 2. **dlopen or what follows.** The constructor unpacks to a temporary folder, dlopens the .so (RTLD_NOW, RTLD_LOCAL),
    reads a .json of extern kernels where there is one, and calls AOTInductorModelContainerCreateWithDevice. ``by hand``
    does these one by one and says after which it died.
-3. **The CUDA runtime that the .so gets.** cpp_builder links it with -lcuda and -ltorch_cuda but not -lcudart, so that
-   cudaGetDevice, cudaMalloc and cudaMemcpy, all that a constructor calls, are looked up in whatever the process holds
-   (a missing one would be an error, not a crash). ``bindings`` lists what they are bound to; it should be the
-   libcudart.so.13 that torch uses, and no stub.
-4. **The constants.** They lie in the .so's read-only data and are copied to the GPU by the constructor.
-   ``no constants`` has none (the plain model without weights): if that opens and the others do not, it is the copy.
+3. **The constants.** They lie in the .so's read-only data; the constructor copies them to the GPU by cudaMemcpy and
+   makes tensors of them. ``empty`` is a model without any: if that opens and the others do not, it is here.
+4. **Whose code the .so runs.** It is linked with -lcuda and -ltorch_cuda but not -lcudart, and its names are looked up
+   in what the process holds. The constructor takes the device apart with std::regex, of which libc10, libtorch_cpu,
+   libtorch_cuda and libtorch_python export instances made by another g++; here it used its own, but for twelve static
+   tables of libtorch_python's. ``bindings`` lists what comes from where it need not.
+5. **Headers.** PyPI's CUDA 13 wheels lack crt/host_defines.h, so that what compiled there came from somewhere else;
+   ``made`` says from where.
 
-Ruled out: the CPU (a package for it, of the same torch, opens in a fresh process); errors thrown by the .so (it turns
-them into a status and a line on stderr, and there was none).
+Ruled out: the CPU (a package for it, of the same torch, opens in a fresh process). That errors crash: a .so for CUDA
+built by hand from such a package with g++ 12 and CUDA 13's headers is dlopened where there is no GPU, takes the CUDA
+runtime from torch's libcudart.so.13, and returns status 1 with a line on stderr; no such line was seen on the H100.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -49,6 +53,9 @@ from models.common import DCN
 from utils.device import describe_device, select_device
 
 STEPS = ("cold", "init", "warm", "single", "aoti_load_package", "by hand", "bindings")
+EXPECTED = re.compile(r"`aoti_|to \S*lib(stdc\+\+|c|m|gcc_s|gomp)\.so")
+"""Bindings that need no mention."""
+
 SHOWN = 30
 """Lines of a process that died."""
 
@@ -74,7 +81,10 @@ def toy(kind: str, device: torch.device) -> tuple[nn.Module, Tensor]:
 
 def make(package: Path, device: torch.device, eager_first: bool) -> None:
     """Compile, then open in the same process, which had run the model before if ``eager_first``."""
+    from torch.utils import cpp_extension  # says that there is no CUDA where there is none
+
     model, images = toy(package.stem.split("-")[0], device)
+    print("headers of", *cpp_extension.include_paths(device.type), "CUDA_HOME", cpp_extension.CUDA_HOME, flush=True)
     begun = time.perf_counter()
     with torch.no_grad():
         if eager_first:
@@ -145,20 +155,20 @@ def bindings(package: Path, device: torch.device, folder: Path) -> tuple[str, st
     watched = {"LD_DEBUG": "bindings", "LD_DEBUG_OUTPUT": str(log), "LD_BIND_NOW": ""}
     done = start("bindings", package, device, **watched)
     sources: Counter[str] = Counter()
-    cuda = set()
+    told = set()
     for file in folder.glob(f"{log.name}.*"):
         with file.open(errors="replace") as lines:
             for line in lines:
                 head, _, symbol = line.partition(": normal symbol ")
                 reader, _, source = head.partition(" to ")
                 if symbol and ".wrapper.so" in reader:
-                    name = Path(source.split(" [")[0]).name
-                    sources[name] += 1
-                    if symbol.startswith("`cu"):
-                        cuda.add(f"{symbol.split(chr(39))[0][1:]} from {source.split(' [')[0]}")
+                    library, name = source.split(" [")[0], symbol.split("'")[0].removeprefix("`")
+                    sources[Path(library).name] += 1
+                    if name.startswith("cu") or not library.endswith(".wrapper.so") and not EXPECTED.search(line):
+                        told.add(f"{name} from {library}")
         file.unlink()
     found = ", ".join(f"{count} from {name}" for name, count in sources.most_common())
-    return ended(done), "\n".join([f"the .so's symbols: {found or 'none seen'}", *sorted(cuda), *tail(done)])
+    return ended(done), "\n".join([f"the .so's symbols: {found or 'none seen'}", *sorted(told), *tail(done)])
 
 
 def start(name: str, package: Path, device: torch.device, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -194,7 +204,7 @@ def probe(device: torch.device, folder: Path) -> None:
         }
         for (name, how), job in jobs.items():
             rows.append([name, how, ended(job.result())])
-            details += [[name, how, tail(job.result())]]
+            details += [[name, how, job.result().stdout.splitlines()[:1] + tail(job.result())]]
         print(table(["package", "process", "ended"], rows), flush=True)
         there = {name: path for name, path in made.items() if path.exists() and "eagerly" not in name}
         steps = {
@@ -210,7 +220,7 @@ def probe(device: torch.device, folder: Path) -> None:
     for name, how, lines in details:
         if lines:
             print(f"\n### {name}, {how}", *lines, sep="\n", flush=True)
-    for name, path in there.items():
+    for name, path in list(there.items())[:1]:
         print(f"\n### {name}, bindings", *bindings(path, device, folder), sep="\n", flush=True)
 
 

@@ -272,6 +272,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tune", choices=DTYPES, help="instead: other tiles, for this type")
     args = parser.parse_args(argv)
     torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.allow_tf32 = False  # fp32 is to mean float32
     print(heading(describe_device(torch.device("cuda"))), flush=True)
     with tempfile.TemporaryDirectory() as folder:
         harness = Path(args.harness or Path(folder) / "harness.so")

@@ -19,6 +19,8 @@ SCRATCH_BYTES = 128 << 20
 (even few enough to stay in L2) is slower, since every launch ends with idle multiprocessors."""
 BUSY = 264
 """Programs that keep a large GPU busy, two on each of 132 multiprocessors; with fewer, each tap has its own."""
+FEWEST_SHARES = 3
+"""Of the forward's taps. Two do not pay: 100 programs took 0.124 ms dealt out in two (TensorRT plugin), 0.098 whole."""
 HOPPER_SHARED = 220 << 10
 """Bytes. The widest tiles need this much shared memory; A100 has 163 KB a program, RTX 30 and 40 have 99 KB."""
 LEVELS = 2.0**62
@@ -53,7 +55,8 @@ def forward_shares(x: Tensor, raw: Tensor, geometry: Geometry) -> int:
     """How many programs deal out the taps of a patch among them: several where patches are too few for a large GPU."""
     tiles = forward_tiles(geometry, x.dtype, shared_memory(x.device))
     programs = patch_count(x.shape[0], *raw.shape[2:], tiles) * forward_blocks(geometry, tiles) * geometry.groups
-    return max(1, min(geometry.taps, BUSY // programs))
+    shares = min(geometry.taps, BUSY // programs)
+    return shares if shares >= FEWEST_SHARES else 1
 
 
 def forward_blocks(geometry: Geometry, tiles: dict) -> int:

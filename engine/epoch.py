@@ -161,6 +161,8 @@ def train_one_epoch(
     meter = _Meter(learner, epoch, epochs, len(loader), done)
     bar = progress(loader, total=len(loader) - first, enabled=learner.world.main)
     images, unfinished = None, False
+    if watch:
+        watch.start_epoch()
     settings = learner.schedule.at(epoch, max(first - 1, 0))
     try:
         for index, batch in enumerate(bar, first):

@@ -262,9 +262,9 @@ def _log_epoch(
     numbers = metrics.row() if metrics else [0.0] * 7
     rates = [result.lr[role] for role in ("bias", "weight", "norm")]
     row = dict(zip(COLUMNS, [*result.losses.tolist(), *numbers, *rates]))
+    logger.epoch(epoch, row, {"speed/train_images_per_second": result.images_per_second})
     summary = watch.summary()
-    extra = {f"dcn/{layer}/{name}": value for layer, values in summary.items() for name, value in values.items()}
-    logger.epoch(epoch, row, {**extra, "speed/train_images_per_second": result.images_per_second})
+    logger.layers(epoch, summary, watch.lengths())
     for line in watch.warnings(summary, run.cfg.dcn_offset_lr):
         LOGGER.warning(line)
 

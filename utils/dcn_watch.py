@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+SAMPLE = 4096
+"""Offsets of a layer, at most, whose lengths are kept for a histogram."""
 ESCAPED = 0.3
 """Share of samples outside the image, beyond the share that padding alone puts there, that calls for a warning."""
 
@@ -49,8 +51,8 @@ class DcnWatch:
     """Statistics of every layer of ``model`` that has a ``conv_offset_mask`` branch (models.common.DCN).
 
     The branch is a convolution whose output (B, 3*K*G, H', W') holds (y, x) offsets in input pixels for K taps and G
-    groups, then K*G mask logits. Of the training steps that :meth:`step` surrounds every ``every``-th is measured, on
-    the device and without reading anything back; in the others nothing is hooked.
+    groups, then K*G mask logits. Of the training steps of an epoch that :meth:`step` surrounds the first and every
+    ``every``-th after it is measured, on the device and without reading anything back; in the others nothing is hooked.
     """
 
     def __init__(self, model: nn.Module, every: int = 50) -> None:
@@ -62,8 +64,13 @@ class DcnWatch:
         self.every = every
         self._steps = 0
         self._sums: dict[str, Tensor] = {}  # (5,) sums over samplings: mean |offset|, max, outside, mask, count
+        self._lengths: dict[str, Tensor] = {}  # of the newest sampling
         self._geometry: dict[str, _Geometry] = {}
         self._warned: set[str] = set()
+
+    def start_epoch(self) -> None:
+        """Measure the next step: every epoch has one, however short it is."""
+        self._steps = 0
 
     @contextmanager
     def step(self) -> Iterator[bool]:
@@ -102,6 +109,11 @@ class DcnWatch:
         self._sums.clear()
         return result
 
+    def lengths(self) -> dict[str, Tensor]:
+        """Per layer up to SAMPLE lengths of offsets (float32, pixels of the layer's input, on the CPU), evenly spread
+        over the newest measured pass."""
+        return {name: values.cpu() for name, values in self._lengths.items()}
+
     def warnings(self, summary: dict[str, dict[str, float]], offset_lr: float = 0.1) -> list[str]:
         """One line for each layer of :meth:`summary` that is escaping; no layer is reported twice. ``offset_lr``: the
         run's --dcn-offset-lr, for the line."""
@@ -121,7 +133,7 @@ class DcnWatch:
         @torch.no_grad()
         def record(branch: nn.Conv2d, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             geometry = _geometry(branch, inputs[0], output)
-            row = _measure(output.detach(), geometry)
+            row, self._lengths[name] = _measure(output.detach(), geometry)
             before = self._sums.get(name)
             if before is not None:
                 row = torch.cat((before[:1] + row[:1], torch.max(before[1:2], row[1:2]), before[2:] + row[2:]))
@@ -131,8 +143,8 @@ class DcnWatch:
         return record
 
 
-def _measure(output: Tensor, geometry: _Geometry) -> Tensor:
-    """(5,) float32: mean and largest offset length, share outside, mean mask, 1."""
+def _measure(output: Tensor, geometry: _Geometry) -> tuple[Tensor, Tensor]:
+    """(5,) float32: mean and largest offset length, share outside, mean mask, 1; and up to SAMPLE of the lengths."""
     batch, channels, height, width = output.shape
     pairs, taps = channels // 3, math.prod(geometry.kernel)
     offset = output[:, : 2 * pairs].float().view(batch, pairs // taps, *geometry.kernel, 2, height, width)
@@ -143,7 +155,8 @@ def _measure(output: Tensor, geometry: _Geometry) -> Tensor:
     inside = _inside(y, geometry.size[0]) & _inside(x, geometry.size[1])
     mask = output[:, 2 * pairs :].float().sigmoid()
     one = torch.ones((), device=output.device)
-    return torch.stack((length.mean(), length.amax(), 1 - inside.float().mean(), mask.mean(), one))
+    some = length.flatten()[:: math.ceil(length.numel() / SAMPLE)].clone()
+    return torch.stack((length.mean(), length.amax(), 1 - inside.float().mean(), mask.mean(), one)), some
 
 
 def _inside(places: Tensor, size: int) -> Tensor:

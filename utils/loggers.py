@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from utils.console import LOGGER
 from utils.files import atomic_write
 
@@ -58,10 +61,16 @@ def _numbers(line: str) -> list[float]:
         return []
 
 
+OFFSET_COLUMNS = ("mean_offset", "median_offset", "p95_offset", "max_offset", "outside", "outside_at_rest", "mean_mask")
+"""Lengths in pixels of the layer's input; shares of samples outside the image, now and with zero offsets; 0..1."""
+
+
 class RunLogger:
     """Writes one row an epoch to results.csv and, where tensorboard is installed, scalars and pictures for it.
 
-    ``first_epoch`` > 0 (a resumed run) cuts results.csv back to the rows before it, so that no epoch appears twice.
+    A model with DCN layers also gets offsets.csv (:meth:`layers`).
+
+    ``first_epoch`` > 0 (a resumed run) cuts both back to the rows before it, so that no epoch appears twice.
     Only rank 0 makes one.
     """
 
@@ -72,7 +81,19 @@ class RunLogger:
             rows = [(line, _numbers(line)) for line in _lines(self.csv)[1:] if line.endswith("\n")]
             kept = [line for line, row in rows if len(row) == 1 + len(COLUMNS) and row[0] < first_epoch]
         atomic_write(self.csv, results_header() + "".join(kept))
+        self.offsets = run_dir / "offsets.csv"
+        self._cut_offsets(first_epoch)
         self._writer = _tensorboard_writer(run_dir)
+
+    def _cut_offsets(self, first_epoch: int) -> None:
+        """Leave the rows before ``first_epoch`` in offsets.csv; without any, no file."""
+        header, *rows = _lines(self.offsets) or [""]
+        kept = [row for row in rows if row.endswith("\n") and row.split(",")[0].isdigit()]
+        kept = [row for row in kept if int(row.split(",")[0]) < first_epoch]
+        if kept:
+            atomic_write(self.offsets, header + "".join(kept))
+        else:
+            self.offsets.unlink(missing_ok=True)
 
     def epoch(self, epoch: int, values: Mapping[str, float], extra: Mapping[str, float] | None = None) -> None:
         """Append ``values`` (every name of COLUMNS) for one epoch; ``extra`` scalars go to TensorBoard alone."""
@@ -81,6 +102,23 @@ class RunLogger:
         if self._writer:
             for name, value in {**values, **(extra or {})}.items():
                 self._writer.add_scalar(name, value, epoch)
+
+    def layers(self, epoch: int, summary: Mapping[str, Mapping[str, float]], lengths: Mapping[str, Tensor]) -> None:
+        """What the DCN layers of a model did in an epoch (utils.dcn_watch): a row a layer in offsets.csv; in
+        TensorBoard each number, and a histogram of the ``lengths`` of offsets."""
+        rows = []
+        for layer, values in summary.items():
+            median, high = torch.quantile(lengths[layer].nan_to_num(), torch.tensor([0.5, 0.95])).tolist()
+            values = {**values, "median_offset": median, "p95_offset": high}
+            rows.append(",".join([str(epoch), layer, *(f"{values[name]:.6g}" for name in OFFSET_COLUMNS)]) + "\n")
+            if self._writer:
+                for name, value in values.items():
+                    self._writer.add_scalar(f"dcn/{layer}/{name}", value, epoch)
+                self._writer.add_histogram(f"dcn/{layer}/offsets", lengths[layer].nan_to_num(), epoch)
+        if rows:
+            new = not self.offsets.is_file()
+            with self.offsets.open("a", encoding="utf-8") as file:
+                file.write((",".join(("epoch", "layer", *OFFSET_COLUMNS)) + "\n") * new + "".join(rows))
 
     def image(self, name: str, file: Path, size: tuple[int, int], step: int = 0) -> None:
         """Show a JPEG or PNG file of (height, width) in TensorBoard: its bytes as they are. To compress a picture anew,

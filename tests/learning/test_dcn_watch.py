@@ -61,6 +61,8 @@ def test_statistics_are_the_written_out_ones(k, s, p, d, groups) -> None:
     expected = written_out(layer, x)
     assert {key: found[key] for key in expected} == pytest.approx(expected, rel=1e-5, abs=1e-6)
     assert (found["height"], found["width"]) == (7, 10)
+    lengths = watch.lengths()["0"]
+    assert 0 < len(lengths) <= 4096 and lengths.max() <= expected["max_offset"] + 1e-5
 
 
 @pytest.mark.parametrize(("size", "share"), [(48, 0.03), (24, 0.06), (12, 0.11), (6, 0.21)])
@@ -135,6 +137,9 @@ def test_only_every_nth_step_is_measured() -> None:
             measured.append(hooked)
             layer(torch.zeros(1, 2, 8, 8))
     assert measured == [True, False, False, True, False, False, True]
+    watch.start_epoch()
+    with watch.step() as hooked:
+        assert hooked
     summary = watch.summary()["0"]
     assert summary["mean_offset"] == pytest.approx((0 + 3 + 6) / 3 * math.sqrt(2))
     assert summary["max_offset"] == pytest.approx(6 * math.sqrt(2))

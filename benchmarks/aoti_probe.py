@@ -1,6 +1,6 @@
 """Where the loader of AOTInductor packages crashes: small packages, opened in many ways, each in its own process.
 
-    PYTHONPYCACHEPREFIX=/tmp/pyc python -m benchmarks.aoti_probe                 # on the GPU: 2 minutes at most
+    PYTHONPYCACHEPREFIX=/tmp/pyc python -m benchmarks.aoti_probe                 # on the GPU; not run there yet
     python -m benchmarks.aoti_probe --device cpu                                 # the same steps where nothing crashes
 
 The question (torch 2.11.0+cu130, H100, 2026-11-24): packages for the GPU compile; the constructor of
@@ -8,18 +8,23 @@ AOTIModelPackageLoader then ends the process by SIGSEGV, in fresh processes and 
 them, but not in one that had run the model eagerly on the GPU before it compiled and opened it. There was no native
 stack. What the sources of that torch say, in the order in which it should be looked at:
 
-1. **The state of the process.** The one load that worked came after eager convolutions (cuDNN, cuBLAS and Triton's
+1. **A constant that does not become a tensor.** In 2.11.0 and 2.14.1 aoti_torch_create_tensor_from_blob_v2, by which
+   the constructor makes them, returns success with no tensor where the function inside it failed, and what the
+   constructor does next, aoti_torch_get_data_ptr, is then a segmentation fault (seen without a GPU: a .so for CUDA
+   built by hand, a made-up libcudart). Why it should fail is open. The failure says "Exception in aoti_torch" on
+   stderr, as far as torch logs: the outputs of the H100 have no such line. ``tensor`` makes one outside a package;
+   lines of this kind come first.
+2. **The state of the process.** The one load that worked came after eager convolutions (cuDNN, cuBLAS and Triton's
    launcher loaded); the others had only made a tensor. ``warm`` against ``init`` tells; if ``warm`` works, so does a
    convolution before opening.
-2. **dlopen or what follows.** The constructor unpacks to a temporary folder, dlopens the .so (RTLD_NOW, RTLD_LOCAL),
-   reads a .json of extern kernels where there is one, and calls AOTInductorModelContainerCreateWithDevice. ``by hand``
-   does these one by one and says after which it died.
-3. **The constants.** They lie in the .so's read-only data; the constructor copies them to the GPU by cudaMemcpy and
-   makes tensors of them. ``empty`` is a model without any: if that opens and the others do not, it is here.
-4. **Whose code the .so runs.** It is linked with -lcuda and -ltorch_cuda but not -lcudart, and its names are looked up
-   in what the process holds. The constructor takes the device apart with std::regex, of which libc10, libtorch_cpu,
-   libtorch_cuda and libtorch_python export instances made by another g++; here it used its own, but for twelve static
-   tables of libtorch_python's. ``bindings`` lists what comes from where it need not.
+3. **dlopen or what follows.** The constructor unpacks to a temporary folder, dlopens the .so (RTLD_NOW, RTLD_LOCAL),
+   reads a .json of extern kernels where there is one, and calls AOTInductorModelContainerCreateWithDevice. ``by
+   hand`` does these one by one and says after which it died. ``empty`` is a model without constants, of which nothing
+   is copied to the GPU: if that opens and the others do not, it is the constants.
+4. **Whose code the .so runs.** It is linked with -lcuda and -ltorch_cuda but not -lcudart, and its names are looked
+   up in what the process holds. The constructor takes the device apart with std::regex, of which libc10,
+   libtorch_cpu, libtorch_cuda and libtorch_python export instances made by another g++; here it used its own, but for
+   twelve static tables of libtorch_python's. ``bindings`` lists what comes from where it need not.
 5. **Headers.** PyPI's CUDA 13 wheels lack crt/host_defines.h, so that what compiled there came from somewhere else;
    ``made`` says from where.
 
@@ -52,7 +57,7 @@ from deploy.dcn_forms import use_dcn_form
 from models.common import DCN
 from utils.device import describe_device, select_device
 
-STEPS = ("cold", "init", "warm", "single", "aoti_load_package", "by hand", "bindings")
+STEPS = ("cold", "init", "warm", "single", "aoti_load_package", "tensor", "by hand", "bindings")
 EXPECTED = re.compile(r"`aoti_|to \S*lib(stdc\+\+|c|m|gcc_s|gomp)\.so")
 """Bindings that need no mention."""
 
@@ -118,12 +123,32 @@ def step(name: str, package: Path, device: torch.device) -> None:
     if name == "warm":
         nn.functional.conv2d(*(torch.rand(2, 16, 16, 16, device=device) for _ in range(2)))
         torch.rand(64, 64, device=device) @ torch.rand(64, 64, device=device)
-    if name in ("by hand", "bindings"):
+    if name == "tensor":
+        make_tensor(device)
+    elif name in ("by hand", "bindings"):
         by_hand(package, device)
     elif name == "aoti_load_package":
         compare(torch._inductor.aoti_load_package(str(package)), package, device)
     else:
         compare(open_package(package, name == "single"), package, device)
+
+
+def make_tensor(device: torch.device) -> None:
+    """As the constructor makes its constants; the second function hides what the first one says."""
+    library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+    data = torch.zeros(64, device=device)
+    size, one, zero = (ctypes.c_int64 * 1)(64), (ctypes.c_int64 * 1)(1), ctypes.c_int64(0)
+    kind = getattr(library, f"aoti_torch_device_type_{device.type}")()
+    said = []
+    for name, more in (("", ()), ("_v2", (library.aoti_torch_layout_strided(), None, zero))):
+        handle = ctypes.c_void_p()
+        create = getattr(library, f"aoti_torch_create_tensor_from_blob{name}")
+        status = create(
+            ctypes.c_void_p(data.data_ptr()), ctypes.c_int64(1), size, one, zero, library.aoti_torch_dtype_float32(),
+            kind, 0, ctypes.byref(handle), *more,
+        )  # fmt: skip
+        said.append(f"status {status}, {'a' if handle.value else 'no'} tensor")
+    print("; ".join(said), flush=True)
 
 
 def by_hand(package: Path, device: torch.device) -> None:
@@ -173,7 +198,7 @@ def bindings(package: Path, device: torch.device, folder: Path) -> tuple[str, st
 
 def start(name: str, package: Path, device: torch.device, **variables: str) -> subprocess.CompletedProcess[str]:
     words = ["--step", name, str(package), "--device", "0" if device.type == "cuda" else "cpu"]
-    return run_module("benchmarks.aoti_probe", words, SECONDS, **variables)
+    return run_module("benchmarks.aoti_probe", words, SECONDS, TORCH_CPP_LOG_LEVEL="INFO", **variables)
 
 
 def ended(done: subprocess.CompletedProcess[str]) -> str:
@@ -184,12 +209,14 @@ def ended(done: subprocess.CompletedProcess[str]) -> str:
 
 
 def tail(done: subprocess.CompletedProcess[str]) -> list[str]:
-    """The native stack or the traceback of a process that did not end well."""
-    if done.returncode == 0:
-        return []
+    """What the .so and torch's part of it complained of, then the native stack or the traceback of a process that did
+    not end well."""
     lines = done.stderr.splitlines()
+    said = [line for line in lines if "Exception in aoti_torch" in line or line.startswith("Error: ")][:4]
+    if done.returncode == 0:
+        return said
     first = next((number for number, line in enumerate(lines) if line.startswith("SIG")), max(len(lines) - SHOWN, 0))
-    return [line[:250] for line in lines[first : first + SHOWN]]
+    return [line[:250] for line in (*said, *lines[first : first + SHOWN])]
 
 
 def probe(device: torch.device, folder: Path) -> None:

@@ -121,6 +121,26 @@ def explain_lost_worker(error: Exception) -> str | None:
     )
 
 
+_LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "remote worker", "NCCL", "Broken pipe")
+_DISTRIBUTED_ERRORS = {"DistBackendError", "DistNetworkError", "DistStoreError"}
+
+
+def explain_lost_peer(error: Exception) -> str | None:
+    """One line for what gloo and NCCL raise when another process of the training is gone; None for another error, and
+    in a run of one process."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return None
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    if not kinds & _DISTRIBUTED_ERRORS and not any(sign in str(error) for sign in _LOST_PEER):
+        return None
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    reason = reason.rsplit("] ", 1)[-1].split(". ")[0][:200]  # without torch's own source file, and its advice
+    return (
+        f"lost contact with another process of this training ({reason}): it has ended, and its own message says why; "
+        "the checkpoints of completed epochs are whole: go on with --resume"
+    )
+
+
 def run_cli(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
     """Run a script's ``main(argv)`` and turn what the user can mend into one line and an exit status.
 
@@ -160,7 +180,7 @@ def _guarded(main: Callable[[Sequence[str]], int | None], argv: list[str], termi
         if terminated.is_set():  # libraries may turn the interrupt into an error of their own
             print("terminated", file=sys.stderr)
             return 128 + terminated.number
-        line = explain_memory_error(error) or explain_lost_worker(error)
+        line = explain_memory_error(error) or explain_lost_worker(error) or explain_lost_peer(error)
         if debug or line is None:
             raise
         _say(f"error: {line}")
@@ -171,5 +191,8 @@ MAX_LINE = 2000
 
 
 def _say(line: str) -> None:
-    """One line on stderr. It may quote file names and file contents: control characters are shown, not obeyed."""
+    """One line on stderr, by which process where there are several. It may quote file names and file contents: control
+    characters are shown, not obeyed."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        line = f"rank {os.environ.get('RANK', '?')}: {line}"
     print(printable(line[:MAX_LINE]) + ("..." if len(line) > MAX_LINE else ""), file=sys.stderr)

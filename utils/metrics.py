@@ -35,15 +35,11 @@ def match_predictions(detections: np.ndarray, labels: np.ndarray, thresholds: np
     reach the threshold, the most confident one is the true positive, not the one that fits best. (COCO's rule
     differs: there each detection, by confidence, takes the best label that is still free.)
     """
-    detections = torch.as_tensor(detections, dtype=torch.float32)
-    labels = torch.as_tensor(labels, dtype=torch.float32)
-    thresholds = np.asarray(thresholds, np.float32)
     correct = np.zeros((len(detections), len(thresholds)), bool)
     if len(detections) == 0 or len(labels) == 0:
         return correct
-    iou = box_iou(detections[:, :4], labels[:, 1:5])
-    iou = torch.where(detections[:, 5:6] == labels[None, :, 0], iou, -1.0)
-    best_iou, best_label = (x.numpy() for x in iou.max(1))
+    best_iou, best_label = best_labels(detections, labels)
+    thresholds = np.asarray(thresholds, np.float32)
     order = np.argsort(best_label, kind="stable")  # label by label, by falling confidence within
     able = best_iou[order, None] >= thresholds
     so_far = able.cumsum(0)
@@ -51,6 +47,18 @@ def match_predictions(detections: np.ndarray, labels: np.ndarray, thresholds: np
     before = np.where(starts[:, None] > 0, so_far[starts - 1], 0)
     correct[order] = able & (so_far - before == 1)
     return correct
+
+
+def best_labels(detections: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The label of its class that each detection of one image overlaps most: IoU (n,) float32 and row of ``labels``
+    (n,) int64; IoU -1 where there is no label of its class. Arguments as :func:`match_predictions`, one label or more.
+    """
+    detections = torch.as_tensor(detections, dtype=torch.float32)
+    labels = torch.as_tensor(labels, dtype=torch.float32)
+    iou = box_iou(detections[:, :4], labels[:, 1:5])
+    iou = torch.where(detections[:, 5:6] == labels[None, :, 0], iou, -1.0)
+    best_iou, best_label = iou.max(1)
+    return best_iou.numpy(), best_label.numpy()
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,97 @@
+"""All that can be wrong with a comparison, found before its first training starts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import train
+from comparison.plan import Plan
+from utils.cli import check_weights
+from utils.config import DataConfig, Hyp, TrainConfig
+from utils.console import LOGGER
+from utils.errors import ConfigError, did_you_mean
+from utils.files import ROOT, find_file
+
+if TYPE_CHECKING:
+    from models.summary import Summary
+
+OURS = ("data", "cfg", "weights", "epochs", "batch_size", "imgsz", "seed", "device", "workers", "project", "name")
+OURS += ("exist_ok", "resume", "check_data", "debug", "local_rank")
+"""Flags of train.py that compare.py gives itself."""
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What the checks found on the way: the data set, train.py's settings of each model, and what each consists of."""
+
+    data: DataConfig
+    configs: dict[str, TrainConfig]
+    summaries: dict[str, Summary]
+
+
+def resolve_models(names: Sequence[str]) -> tuple[str, ...]:
+    """Absolute paths of model YAMLs. Raises ConfigError for one that is not there."""
+    found = []
+    for name in names:
+        path = find_file(name, ("models",))
+        if path is None or path.suffix not in (".yaml", ".yml"):
+            known = sorted(p.name for p in (ROOT / "models").rglob("*.yaml"))
+            what = "no such file" if path is None else "not a model YAML"
+            raise ConfigError(f"--cfg {name}: {what}{did_you_mean(name, known)}")
+        found.append(str(path.resolve()))
+    return tuple(found)
+
+
+def check_extra(extra: Sequence[str]) -> None:
+    """Raise ConfigError for a flag after ``--`` that train.py does not know or that compare.py gives itself."""
+    for name in sorted(train.build_parser().given(extra) & set(OURS)):
+        where = "--seeds" if name == "seed" else f"compare.py's --{name.replace('_', '-')}"
+        fixed = name in ("exist_ok", "resume", "check_data", "debug", "local_rank")
+        how = "compare.py takes care of it" if fixed else f"use {where}, before the --"
+        raise ConfigError(f"--{name.replace('_', '-')} after --: {how}")
+
+
+def train_configs(plan: Plan) -> dict[str, TrainConfig]:
+    """train.py's settings for the first seed of each model. Raises UserError for flags and files that cannot be."""
+    configs = {}
+    for model, cfg in zip(plan.models, plan.cfg):
+        flags = ["--data", plan.data, "--cfg", cfg, f"--weights={plan.weights}", "--epochs", str(plan.epochs)]
+        flags += ["--batch-size", str(plan.batch_size), "--imgsz", str(plan.imgsz), *plan.extra]
+        args = vars(train.build_parser().parse_args(flags))
+        settings = {key: value for key, value in args.items() if key not in train.NOT_SETTINGS}
+        configs[model] = TrainConfig(**{**settings, "freeze": tuple(settings["freeze"])})
+        Hyp.load(configs[model].hyp)
+    if plan.weights:
+        check_weights(plan.weights)
+    return configs
+
+
+def check_all(plan: Plan) -> Checked:
+    """Build every model and open every image once. Raises UserError for what train.py would refuse.
+
+    The label caches that this leaves are those that the trainings, side by side, would otherwise all make.
+    """
+    configs = train_configs(plan)
+    data = DataConfig.load(plan.data, next(iter(configs.values())).single_cls)
+
+    import torch
+
+    from engine.parts import build_datasets, build_model, frame_for
+    from models.summary import summarize
+    from utils.dataset import DetectionDataset
+    from utils.dist import World
+
+    world, summaries, frame = World(), {}, None
+    for model, config in configs.items():
+        config = replace(config, dcn_backend="auto", cache="")
+        hyp, _ = Hyp.load(config.hyp)
+        built = build_model(config, hyp, data, torch.device("cpu"))
+        frame = frame_for(config, built, world)
+        summaries[model] = summarize(built, frame.imgsz)
+        LOGGER.info(f"{model}: {summaries[model].totals()}")
+    build_datasets(config, hyp, data, frame, world)
+    if data.test:
+        DetectionDataset(data.test, frame.imgsz, names=data.names, single_cls=config.single_cls, prefix="test")
+    return Checked(data, configs, summaries)

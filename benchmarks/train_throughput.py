@@ -26,7 +26,7 @@ from utils.cli import add_dcn_backend_flag
 from utils.config import DataConfig, Hyp, TrainConfig
 from utils.dataloaders import DetectionLoader
 from utils.dataset import DetectionDataset
-from utils.device import describe_device, seed_everything, select_device, to_network_input
+from utils.device import describe_device, seed_everything, select_device
 from utils.dist import World
 
 # (images/s with its loader, images/s replaying, peak GB allocated)
@@ -62,7 +62,7 @@ def steps(learner: Learner, batches: Iterator, synchronize) -> Iterator[tuple[in
     for index, batch in enumerate(batches):
         settings = learner.schedule.at(0, index)
         learner.schedule.apply(learner.optimizer, settings)
-        images = to_network_input(batch.images, learner.device)
+        images = batch.images.to(learner.device, non_blocking=True)
         learner.backward(images, batch.targets.to(learner.device, non_blocking=True))
         if settings.optimizer_step:
             learner.step()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from utils.autobatch import largest_batch
+from utils.device import to_network_input
 from utils.ema import unwrap
 from utils.errors import ResourceError, UserError
 from utils.nan_search import first_not_finite
@@ -23,6 +24,8 @@ class TrainingDiverged(UserError):
 def diverged(learner: Any, where: str, parts: Any, images: Tensor, paths: Sequence[str]) -> TrainingDiverged:
     """The error for a loss that is not finite. ``where``: epoch and batch; ``parts``, ``images``: of the batch at which
     it was noticed (on a GPU up to 20 after the first); ``paths``: the newest image files."""
+    if images.dtype == torch.uint8:
+        images = to_network_input(images, learner.device)
     with torch.autocast(learner.device.type, learner.amp_dtype, enabled=learner.amp_dtype is not None):
         layer = first_not_finite(unwrap(learner.model), images)
     what = "loss" if not torch.isfinite(parts.total) else "gradient"

@@ -51,14 +51,16 @@ class Learner:
     def backward(self, images: Tensor, targets: Tensor, usual: bool = False) -> LossParts:
         """Forward, loss and backward of one batch; gradients add up until :meth:`step`.
 
-        images (B, 3, H, W) float in 0..1 on the device, targets (T, 6) on the device. ``usual``: not as a graph, so
-        that the model's hooks see the batch.
+        images (B, 3, H, W) on the device, uint8 or float in 0..1; targets (T, 6) on the device. ``usual``: not as a
+        graph, so that the model's hooks see the batch.
         """
         return self.graphs(images, targets, usual) if self.graphs else self._backward(images, targets)
 
     def _backward(self, images: Tensor, targets: Tensor) -> LossParts:
         """DDP averages gradients over ranks, while hyper-parameters are tuned for the sum over images: hence the
         factor world.size."""
+        if images.dtype == torch.uint8:  # here, so that a graph keeps the bytes and not the floats
+            images = to_network_input(images, self.device)
         with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
             raw = self.model(images)
         parts = self.criterion(raw, targets)
@@ -168,8 +170,9 @@ def train_one_epoch(
         for index, batch in enumerate(bar, first):
             settings = learner.schedule.at(epoch, index)
             learner.schedule.apply(learner.optimizer, settings)
-            images = to_network_input(batch.images, learner.device)
+            images = batch.images.to(learner.device, non_blocking=True)
             if multi_scale:
+                images = to_network_input(images, learner.device)
                 images = resize_batch(images, rng, multi_scale.imgsz, multi_scale.stride)
             targets = batch.targets.to(learner.device, non_blocking=True)
             with watch.step() if watch else nullcontext(False) as measured:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-SECONDS_A_MODEL = 2.0
+SECONDS_A_MODEL = 1.0
 """Inference is timed until each model has had this long, or MOST_PASSES."""
 
 MOST_PASSES = 200

@@ -168,8 +168,9 @@ def merged(stored: Plan, wanted: Plan, folder: Path) -> Plan:
     """``stored`` with the models and seeds that ``wanted`` adds. Raises ConfigError when the budget differs."""
     for key in BUDGET:
         if getattr(stored, key) != getattr(wanted, key):
+            flag = "flags after --:" if key == "extra" else f"--{key.replace('_', '-')}"
             raise ConfigError(
-                f"--{key.replace('_', '-')} {_shown(getattr(wanted, key))}: {folder} was begun with "
+                f"{flag} {_shown(getattr(wanted, key))}: {folder} was begun with "
                 f"{_shown(getattr(stored, key))}, and all its trainings need the same; use another --name"
             )
     cfg = (*stored.cfg, *(path for path in wanted.cfg if path not in stored.cfg))

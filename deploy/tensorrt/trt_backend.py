@@ -43,8 +43,8 @@ def load_tensorrt(name: str = "") -> ModuleType:
 
 
 class TensorRtNetwork(Backend):
-    """Handles are ITensors. Deformable layers are put together from GridSample, which is TensorRT's own; with our plugin
-    they are built by plugin_backend.py."""
+    """Handles are ITensors. Deformable layers are put together from GridSample, which is TensorRT's own; with our
+    plugin they are built by plugin_backend.py."""
 
     def __init__(self, trt: ModuleType, options: EngineOptions) -> None:
         self.trt, self.options = trt, options

@@ -19,7 +19,7 @@ from comparison.predictions import predictions_of
 from comparison.report import Comparison
 from comparison.report_html import page
 from comparison.report_text import markdown, table_csv
-from comparison.trainings import check_best, read_seconds
+from comparison.trainings import check_finished, read_seconds
 from comparison.verdict import Verdict, judge
 from models.loading import load_model
 from models.surgery import set_dcn_backend
@@ -41,7 +41,7 @@ def finished_runs(plan: Plan, folder: Folder) -> dict[str, list[Run]]:
     if not runs[first]:
         raise ConfigError(f"no training of {first} finished, so there is nothing to compare with: see {folder.path}")
     runs = {model: found for model, found in runs.items() if found}
-    check_best(folder, [run for found in runs.values() for run in found])
+    check_finished(folder, [run for found in runs.values() for run in found])
     return runs
 
 
@@ -132,7 +132,7 @@ def verdicts(split: SplitFindings, costs: dict[str, Cost], points_per_doubling: 
         if max(split.overall.scores[name].map.mean for name in (model, first)) < LEAST_LEARNT:
             found.append(Verdict("unknown", f"neither {model} nor {first} has learnt anything yet: train for longer"))
             continue
-        ratios = cost.train_time / max(base.train_time, 1e-9), cost.inference_ms / max(base.inference_ms, 1e-9)
+        ratios = cost.train_time / base.train_time, cost.inference_ms / base.inference_ms
         found.append(judge(model, first, gain, *ratios, points_per_doubling))
     return found
 

@@ -40,6 +40,7 @@ def page(result: Comparison) -> str:
     for model in result.models[1:]:
         split = result.splits[-1].split
         body += [_tag("h2", f"{model} less {result.models[0]}, mAP50-95 on {split}"), difference_chart(result, model)]
+        body.append(_note("Dots with 95 % intervals; a dashed one holds the images' part alone."))
     found = tables(result)
     body += [_table(table) for table in found]
     body += _examples(result.examples)

@@ -187,8 +187,9 @@ def read_seconds(file: Path) -> float:
         return 0.0
 
 
-def check_best(folder: Folder, runs: Sequence[Run]) -> None:
-    """Raise ConfigError when a finished training has lost its best.pt."""
+def check_finished(folder: Folder, runs: Sequence[Run]) -> None:
+    """Raise ConfigError when a finished training has lost its best.pt or the note of its time."""
     for run in runs:
-        if not folder.best(run).is_file():
-            raise ConfigError(f"{folder.best(run)}: is missing; remove {folder.run_dir(run)} to train {run} again")
+        lost = folder.best(run) if not folder.best(run).is_file() else folder.seconds(run)
+        if lost != folder.seconds(run) or not read_seconds(lost):
+            raise ConfigError(f"{lost}: missing or damaged; remove {folder.run_dir(run)} to train {run} again")

@@ -86,7 +86,7 @@ WRONG = [
     (["--data", "tiny.yaml", *MODELS, "--bootstrap", "5"], "--bootstrap 5: at least 100"),
     (["--data", "tiny.yaml", *MODELS, "--points-per-doubling", "nan"], "--points-per-doubling nan: from 0 to 100"),
     (["--data", "tiny.yaml", *MODELS, "--weights", "none.pt"], "--weights none.pt: no such file"),
-    (["--data", "tiny.yaml", *MODELS, "--device", "cpu,7"], "--device 7: there are 0 CUDA devices"),
+    (["--data", "tiny.yaml", *MODELS, "--device", "cpu,99"], "--device 99: there are"),
     (["--data", "tiny.yaml", *MODELS, "--", "--seed", "3"], "--seed after --: use --seeds, before the --"),
     (["--data", "tiny.yaml", *MODELS, "--", "--resume"], "--resume after --: compare.py takes care of it"),
     (["--data", "tiny.yaml", *MODELS, "--", "--cos-rl"], "--cos-rl: no such flag, did you mean '--cos-lr'?"),

@@ -46,6 +46,10 @@ def test_finished_trainings_are_kept(folder: Path, fake_train: Path) -> None:
     assert all(log.read_text() == "begins anew\n" for log in logs)
     assert all(read_seconds(log.with_suffix(".seconds")) > 0 for log in logs)
     assert (folder / "trainings" / "dcn-seed2.log").is_file()
+    for lost in ("dcn-seed1.seconds", "dcn-seed0/weights/best.pt"):
+        (folder / "trainings" / lost).unlink()
+        with pytest.raises(ConfigError, match=rf"{lost}: missing or damaged; remove .* to train dcn seed"):
+            finished_runs(plan, Folder(folder))
 
 
 def test_one_failure_is_told_in_a_line_and_the_rest_goes_on(folder: Path, fake_train: Path) -> None:

@@ -5,7 +5,7 @@
 A third, ``fused``, is training's own kernel (deploy/fused_dcn.py), for AOTInductor on a GPU.
 
 All sample in float32 whatever the model's dtype: a coordinate in half precision is wrong by up to an eighth of a pixel
-on a 320-pixel map, which costs 1 to 3 % of the layer's output (docs/deployment.md).
+on a 320-pixel map, which costs 1 to 3 % of the layer's output (docs/deploy.md).
 """
 
 from __future__ import annotations

@@ -291,7 +291,7 @@ def test_the_header_of_an_engine(tmp_path: Path) -> None:
     path.write_bytes(whole)
     assert read_engine(path) == (meta, maker, b"the engine")
     length = int.from_bytes(whole[:4], "little")
-    assert json.loads(whole[4 : 4 + length])["imgsz"] == "[64, 96]"  # as docs/deployment.md tells C++ programs
+    assert json.loads(whole[4 : 4 + length])["imgsz"] == "[64, 96]"  # as docs/deploy.md tells C++ programs
     path.write_bytes(whole[:-10])
     with pytest.raises(ExportError, match="cut short"):
         read_engine(path)

@@ -4,7 +4,8 @@
 
 Data sets are made up: small JPEG files and random boxes, every file a hard link to one of a few (a million images are
 two million names), written below --folder and removed. Each row runs in a process of its own: peak memory is what it
-holds beyond its imports. The files are in the system's cache, as after a copy; on a cold disk the names have to be read
+holds beyond its imports, seconds are of its own processor time (the machine may be shared; a quiet one takes no longer
+on one core, and less where its threads have several). The files are in the system's cache, as after a copy; on a cold disk the names have to be read
 first. A start is all up to the first batch: names, index, check of the anchors, sixteen mosaics. The slope is the
 exponent of growth, fitted over the rows: 1 is in proportion, 0 is not at all.
 """
@@ -87,7 +88,7 @@ def child(task: dict) -> dict[str, float]:
     """One measurement, in a process of its own: a start, or training samples."""
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew; a new program inherits its parent's
     before = peak_kb()
-    start = time.perf_counter()
+    start = time.process_time()
     if task["do"] == "start":
         data = DetectionDataset(task["folder"], 640, augment=True, nc=CLASSES, show=False)
         rng = np.random.default_rng(0)
@@ -98,7 +99,7 @@ def child(task: dict) -> dict[str, float]:
         options = {"augment": True, "nc": CLASSES, "cache": task["cache"], "show": False}
         data = DetectionDataset(task["folder"], task["imgsz"], **options)
         return {"seconds": statistics.median(sample_seconds(data, epoch) for epoch in range(5))}
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     return {"seconds": seconds, "mb": (peak_kb() - before) / 1024}
 
 

@@ -68,13 +68,13 @@ def _example(predictions: Mapping[str, Predictions], index: int, names: Mapping[
     image, factor = _reduced(read_image(path))
     classes = labels[:, 0].astype(int).tolist()
     shown, colours = [names.get(c, str(c)) for c in classes], [class_colour(c) for c in classes]
-    pictures = [("labels", _jpeg(draw_detections(image, labels[:, 1:5] * factor, shown, colours)))]
+    pictures = [("labels", jpeg(draw_detections(image, labels[:, 1:5] * factor, shown, colours)))]
     for model, found in predictions.items():
         detections = found.of_image(index)[0]
         score = image_f1(detections, labels)
         sure = detections[detections[:, 4] >= CONFIDENCE] * np.float32([factor] * 4 + [1, 1])
         drawn = draw_boxes(image, torch.from_numpy(sure), dict(names))
-        pictures.append((f"{model} (F1 {score:.2f})", _jpeg(drawn)))
+        pictures.append((f"{model} (F1 {score:.2f})", jpeg(drawn)))
     return Example(printable(Path(path).name), tuple(pictures))
 
 
@@ -88,6 +88,6 @@ def _reduced(image: np.ndarray) -> tuple[np.ndarray, float]:
     return cv2.resize(image, size, interpolation=cv2.INTER_AREA), factor
 
 
-def _jpeg(image: np.ndarray) -> bytes:
+def jpeg(image: np.ndarray) -> bytes:
     """RGB uint8 (H, W, 3) as a JPEG."""
     return cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 85])[1].tobytes()

@@ -8,12 +8,14 @@ from datetime import datetime
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from comparison.checks import Checked
 from comparison.costs import Cost, peak_memory_gb, time_inference
 from comparison.examples import examples
 from comparison.findings import POINTS, SplitFindings, analyse
 from comparison.matching import Predictions
+from comparison.offset_examples import offset_examples
 from comparison.plan import Folder, Plan, Run
 from comparison.predictions import predictions_of
 from comparison.report import Comparison
@@ -66,7 +68,9 @@ def measure(
         LOGGER.info(f"{split}: comparing, {resamples:,} resamples of the images")
         splits.append(analyse(split, found, checked.data.names, resamples, bins_of))
         bins_of = splits[0].sizes
-    costs = _costs(plan, folder, checked, runs, device)
+    models = {model: _first_model(folder, checked, own[0], device) for model, own in runs.items()}
+    costs = _costs(plan, folder, checked, runs, time_inference(models, plan.imgsz, device))
+    firsts = {model: own[0] for model, own in found.items()}
     return Comparison(
         plan=plan,
         splits=tuple(splits),
@@ -77,7 +81,8 @@ def measure(
         setting=_setting(plan, checked, device, command),
         failed=tuple(failed),
         jobs=jobs,
-        examples=examples({model: own[0] for model, own in found.items()}, checked.data.names),
+        examples=examples(firsts, checked.data.names),
+        offsets=offset_examples(models, firsts, plan.imgsz, device),
     )
 
 
@@ -100,14 +105,15 @@ def _predictions(
     return found
 
 
+def _first_model(folder: Folder, checked: Checked, run: Run, device: torch.device) -> nn.Module:
+    model = load_model(folder.best(run), device)
+    set_dcn_backend(model, checked.configs[run.model].dcn_backend)
+    return model
+
+
 def _costs(
-    plan: Plan, folder: Folder, checked: Checked, runs: dict[str, list[Run]], device: torch.device
+    plan: Plan, folder: Folder, checked: Checked, runs: dict[str, list[Run]], milliseconds: dict[str, float]
 ) -> dict[str, Cost]:
-    models = {}
-    for model, own in runs.items():
-        models[model] = load_model(folder.best(own[0]), device)
-        set_dcn_backend(models[model], checked.configs[model].dcn_backend)
-    milliseconds = time_inference(models, plan.imgsz, device)
     return {
         model: Cost(
             params=checked.summaries[model].params,

@@ -25,7 +25,7 @@ class Example:
 class Comparison:
     """All that a report shows. ``splits``: val, then test where the data has one; the last decides. ``seeds``: by
     model, those that finished; ``curves``: of each of them mAP50-95 in points after each epoch. ``setting``: lines on
-    where and when."""
+    where and when. ``offsets``: (caption, JPEG) of where DCN layers sample."""
 
     plan: Plan
     splits: tuple[SplitFindings, ...]
@@ -37,6 +37,7 @@ class Comparison:
     failed: tuple[str, ...] = ()
     jobs: int = 1
     examples: tuple[Example, ...] = ()
+    offsets: tuple[tuple[str, bytes], ...] = ()
 
     @property
     def models(self) -> list[str]:

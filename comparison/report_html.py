@@ -22,6 +22,7 @@ svg { max-width: 760px; width: 100%; display: block } svg text { font: 12px syst
 .key i { display: inline-block; width: .9em; height: .9em; margin-right: .4em; vertical-align: -.1em }
 .pictures { display: flex; gap: 8px; overflow-x: auto }
 figure { margin: 0 } figure img { display: block; height: 260px }
+.offsets figure img { height: auto; max-width: 100% }
 figcaption { font-size: .85em; color: #444 }
 """
 
@@ -44,6 +45,7 @@ def page(result: Comparison) -> str:
     found = tables(result)
     body += [_table(table) for table in found]
     body += _examples(result.examples)
+    body += _offsets(result.offsets)
     head = f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
     head += f"<title>{escape(title)}</title><style>{_STYLE}</style>"
     return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body>\n' + "\n".join(body) + "\n</body></html>\n"
@@ -88,6 +90,17 @@ def _examples(examples: Sequence[Example]) -> list[str]:
         pictures = "".join(_figure(caption, jpeg) for caption, jpeg in example.pictures)
         parts.append(f'{_note(example.title)}<div class="pictures">{pictures}</div>')
     return parts
+
+
+def _offsets(pictures: Sequence[tuple[str, bytes]]) -> list[str]:
+    if not pictures:
+        return []
+    how = (
+        "For the surest objects of an example image: points where each DCN layer samples (large and yellow: full "
+        "weight), crosses where a plain convolution would, and what the last layer sees (docs/dcn.md)."
+    )
+    figures = (f'<div class="offsets">{_figure(caption, jpeg)}</div>' for caption, jpeg in pictures)
+    return [_tag("h2", "Where the DCN layers sample"), _note(how), *figures]
 
 
 def _figure(caption: str, jpeg: bytes) -> str:

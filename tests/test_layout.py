@@ -62,7 +62,7 @@ comparison.resampling comparison.predictions
 comparison.findings
 comparison.report
 comparison.report_text comparison.charts comparison.examples
-comparison.report_html
+comparison.report_html comparison.offset_examples
 comparison.measuring
 compare
 """.replace("\\\n", "")

@@ -66,4 +66,5 @@ def result() -> Comparison:
         setting=("python compare.py <x>",),
         failed=(f"{second} seed 1 failed: </p><script>",),
         examples=(picture,),
+        offsets=(("<i>dcn</i>", b"\xff\xda"),),
     )

@@ -12,6 +12,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
 
 from comparison.charts import curve_chart
 from comparison.examples import choose, examples, image_f1
@@ -19,10 +20,12 @@ from comparison.findings import analyse
 from comparison.intervals import Interval
 from comparison.matching import Predictions
 from comparison.measuring import verdicts
+from comparison.offset_examples import offset_examples
 from comparison.predictions import aligned, load, save
 from comparison.report import Comparison, duration, interval
 from comparison.report_html import page
 from comparison.report_text import CSV_HEADER, markdown, table_csv
+from models.yolo import DetectionModel
 from tests.comparison.test_resampling import made_up
 from utils.errors import DataError
 
@@ -57,7 +60,8 @@ def test_html_is_whole_and_holds_nothing_that_runs_or_loads(result: Comparison) 
     assert not names & {"script", "b", "link", "iframe", "object"}
     assert all(not key.startswith("on") for _, attrs in tags.found for key in attrs)
     sources = [attrs["src"] for _, attrs in tags.found if "src" in attrs]
-    assert len(sources) == 2 and all(source.startswith("data:image/jpeg;base64,") for source in sources)
+    assert len(sources) == 3 and all(source.startswith("data:image/jpeg;base64,") for source in sources)
+    assert "&lt;i&gt;dcn&lt;/i&gt;" in html
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in html and "&lt;b&gt;bold&lt;/b&gt; less a&amp;b" in html
     assert "no measurable gain: keep a&amp;b" in html and html.count("<svg") == 2
 
@@ -165,6 +169,20 @@ def test_examples_are_those_that_differ_most(tmp_path: Path) -> None:
     assert captions[0] == "labels" and captions[1].startswith("a (F1 ") and captions[2].startswith("b (F1 ")
     picture = cv2.imdecode(np.frombuffer(shown[0].pictures[1][1], np.uint8), cv2.IMREAD_COLOR)
     assert picture.shape == (343, 480, 3)
+
+
+def test_offsets_are_shown_of_models_that_have_some(tmp_path: Path) -> None:
+    path = str(tmp_path / "a.jpg")
+    cv2.imwrite(path, np.random.default_rng(0).integers(0, 255, (80, 120, 3), np.uint8))
+    box = np.array([[20, 20, 60, 60, 0.9, 1]], np.float32)
+    found = Predictions((path,), box, np.array([0, 1]), np.zeros((0, 5), np.float32), np.array([0, 0]))
+    models = {name: DetectionModel(f"{name}.yaml", nc=3).eval() for name in ("yolov5n", "yolov5n-dcn")}
+    device = torch.device("cpu")
+    ((caption, picture),) = offset_examples(models, dict.fromkeys(models, found), 64, device)
+    assert caption == "yolov5n-dcn on a.jpg"
+    assert cv2.imdecode(np.frombuffer(picture, np.uint8), cv2.IMREAD_COLOR).shape[1] > 3 * 288
+    unsure = dataclasses.replace(found, detections=box * np.float32([1, 1, 1, 1, 0.1, 1]))
+    assert offset_examples(models, dict.fromkeys(models, unsure), 64, device) == ()
 
 
 def test_texts() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,7 @@ from utils.errors import ConfigError, did_you_mean
 from utils.files import ROOT, find_file
 
 if TYPE_CHECKING:
+    from models.loading import LoadReport
     from models.summary import Summary
 
 OURS = ("data", "cfg", "weights", "epochs", "batch_size", "imgsz", "seed", "device", "workers", "project", "name")
@@ -24,11 +25,13 @@ OURS += ("exist_ok", "resume", "check_data", "debug", "local_rank")
 
 @dataclass(frozen=True)
 class Checked:
-    """What the checks found on the way: the data set, train.py's settings of each model, and what each consists of."""
+    """What the checks found on the way: the data set, train.py's settings of each model, what each consists of, and
+    what a reader of the report should know."""
 
     data: DataConfig
     configs: dict[str, TrainConfig]
     summaries: dict[str, Summary]
+    notes: tuple[str, ...] = ()
 
 
 def resolve_models(names: Sequence[str]) -> tuple[str, ...]:
@@ -79,11 +82,12 @@ def check_all(plan: Plan) -> Checked:
     import torch
 
     from engine.parts import build_datasets, build_model, frame_for
+    from models.loading import build_or_load
     from models.summary import summarize
     from utils.dataset import DetectionDataset
     from utils.dist import World
 
-    world, summaries, frame = World(), {}, None
+    world, summaries, reports, frame = World(), {}, {}, None
     for model, config in configs.items():
         config = replace(config, dcn_backend="auto", cache="")
         hyp, _ = Hyp.load(config.hyp)
@@ -91,7 +95,25 @@ def check_all(plan: Plan) -> Checked:
         frame = frame_for(config, built, world)
         summaries[model] = summarize(built, frame.imgsz)
         LOGGER.info(f"{model}: {summaries[model].totals()}")
+        if plan.weights:
+            reports[model] = build_or_load(config.cfg, config.weights, data.nc, hyp.anchors)[1]
     build_datasets(config, hyp, data, frame, world)
     if data.test:
         DetectionDataset(data.test, frame.imgsz, names=data.names, single_cls=config.single_cls, prefix="test")
-    return Checked(data, configs, summaries)
+    notes = unlike_starts(reports)
+    for note in notes:
+        LOGGER.warning(note)
+    return Checked(data, configs, summaries, notes)
+
+
+def unlike_starts(reports: Mapping[str, LoadReport]) -> tuple[str, ...]:
+    """A warning when --weights gives some models more of themselves than others: the one whose own checkpoint it is
+    would win for that alone. Anchors, which a --cfg always brings along, are not counted."""
+    new = {model: sum("anchor" not in name for name in r.missing) + len(r.mismatched) for model, r in reports.items()}
+    if len(set(new.values())) < 2:
+        return ()
+    counts = ", ".join(f"{model} {count} of {reports[model].total}" for model, count in new.items())
+    return (
+        f"--weights: the models do not start alike (tensors that begin anew: {counts}): a difference between them may "
+        f"come from that",
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
@@ -75,11 +76,11 @@ def measure(
         plan=plan,
         splits=tuple(splits),
         costs=costs,
-        verdicts=tuple(verdicts(splits[-1], costs, points_per_doubling)),
+        verdicts=tuple(verdicts(splits[-1], costs, points_per_doubling, alike=not checked.notes)),
         curves={model: [_curve(folder.run_dir(run)) for run in own] for model, own in runs.items()},
         seeds={model: [run.seed for run in own] for model, own in runs.items()},
         setting=_setting(plan, checked, device, command),
-        failed=tuple(failed),
+        warnings=(*checked.notes, *failed),
         jobs=jobs,
         examples=examples(firsts, checked.data.names),
         offsets=offset_examples(models, firsts, plan.imgsz, device),
@@ -126,8 +127,11 @@ def _costs(
     }
 
 
-def verdicts(split: SplitFindings, costs: dict[str, Cost], points_per_doubling: float) -> list[Verdict]:
-    """A sentence for every model but the first, from the deciding split."""
+def verdicts(
+    split: SplitFindings, costs: dict[str, Cost], points_per_doubling: float, alike: bool = True
+) -> list[Verdict]:
+    """A sentence for every model but the first, from the deciding split. ``alike``: the models start from the same
+    parts of --weights, if any; otherwise the sentence says that they do not."""
     (first, base), *others = costs.items()
     found = []
     for model, cost in others:
@@ -139,7 +143,8 @@ def verdicts(split: SplitFindings, costs: dict[str, Cost], points_per_doubling: 
             found.append(Verdict("unknown", f"neither {model} nor {first} has learnt anything yet: train for longer"))
             continue
         ratios = cost.train_time / base.train_time, cost.inference_ms / base.inference_ms
-        found.append(judge(model, first, gain, *ratios, points_per_doubling))
+        verdict = judge(model, first, gain, *ratios, points_per_doubling)
+        found.append(verdict if alike else replace(verdict, text=f"{verdict.text} (but they did not start alike)"))
     return found
 
 

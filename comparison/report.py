@@ -34,7 +34,7 @@ class Comparison:
     curves: dict[str, list[list[float]]]
     seeds: dict[str, list[int]]
     setting: tuple[str, ...]
-    failed: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
     jobs: int = 1
     examples: tuple[Example, ...] = ()
     offsets: tuple[tuple[str, bytes], ...] = ()
@@ -107,7 +107,7 @@ def _costs(result: Comparison) -> Table:
         )
     notes = [
         "Training: wall time of train.py, start and validation after each epoch included, mean over seeds. "
-        "Inference: forward pass of one image, batch 1, float32, without NMS, median."
+        "Inference: forward pass of one image, batch 1, float32, without NMS, the shortest of many, in turns."
     ]
     if result.jobs > 1:
         notes.append(

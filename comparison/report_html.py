@@ -16,7 +16,7 @@ table { border-collapse: collapse; margin: .5em 0 } th, td { padding: .25em .8em
 th { text-align: left; background: #f4f4f4 } td { font-variant-numeric: tabular-nums; white-space: nowrap }
 .wide { overflow-x: auto } .note { color: #666; font-size: .9em; max-width: 50em }
 .verdict { font-size: 1.1em; border-left: 5px solid #888; padding: .4em .8em; margin: .5em 0; background: #f7f7f7 }
-.worth { border-color: #3f8f4f } .loses { border-color: #b03a48 } .failed { color: #b03a48 }
+.worth { border-color: #3f8f4f } .loses { border-color: #b03a48 } .warning { color: #b03a48 }
 svg { max-width: 760px; width: 100%; display: block } svg text { font: 12px system-ui, sans-serif; fill: #444 }
 .key span { margin-right: 1.5em; white-space: nowrap }
 .key i { display: inline-block; width: .9em; height: .9em; margin-right: .4em; vertical-align: -.1em }
@@ -35,7 +35,7 @@ def page(result: Comparison) -> str:
     title = " against ".join(reversed(result.models))
     body = [_tag("h1", title)]
     body += [f'<p class="verdict {verdict.kind}">{escape(verdict.text)}</p>' for verdict in result.verdicts]
-    body += [f'<p class="failed">{escape(line)}</p>' for line in result.failed]
+    body += [f'<p class="warning">{escape(line)}</p>' for line in result.warnings]
     body += [f'<p class="note">{"<br>".join(escape(line) for line in result.setting)}</p>', _note(LEGEND)]
     body += [_tag("h2", "Learning: mAP50-95 on val after each epoch"), _key(result.models), curve_chart(result.curves)]
     for model in result.models[1:]:
@@ -82,8 +82,8 @@ def _examples(examples: Sequence[Example]) -> list[str]:
     parts = [
         _tag("h2", "Examples"),
         _note(
-            "Images on which the models differ most, half of them to the first model's disadvantage and half to its "
-            "advantage; the first seed, confidence 0.25 and more."
+            "The images where the others are furthest ahead of the first model, then those where they are furthest "
+            "behind it (or least ahead), by F1 at IoU 0.5; the first seed, confidence 0.25 and more."
         ),
     ]
     for example in examples:

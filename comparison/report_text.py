@@ -16,7 +16,7 @@ def markdown(result: Comparison) -> str:
     """The whole report but its pictures."""
     lines = [f"# {_escaped(' against '.join(reversed(result.models)))}", ""]
     lines += [f"- **{_escaped(verdict.text)}**" for verdict in result.verdicts]
-    lines += [f"- {_escaped(line)}" for line in result.failed]
+    lines += [f"- {_escaped(line)}" for line in result.warnings]
     lines += ["", *(f"{_escaped(line)}  " for line in result.setting), "", LEGEND]
     return "\n".join([*lines, *(_table(table) for table in tables(result))]) + "\n"
 

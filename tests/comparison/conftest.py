@@ -64,7 +64,7 @@ def result() -> Comparison:
         curves=curves,
         seeds={first: [0, 1], second: [0, 2]},
         setting=("python compare.py <x>",),
-        failed=(f"{second} seed 1 failed: </p><script>",),
+        warnings=(f"{second} seed 1 failed: </p><script>",),
         examples=(picture,),
         offsets=(("<i>dcn</i>", b"\xff\xda"),),
     )

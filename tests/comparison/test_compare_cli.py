@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 import compare
+from comparison.checks import unlike_starts
+from models.loading import LoadReport
 from utils.errors import run_cli
 from utils.files import ROOT
 
@@ -70,6 +72,15 @@ def test_a_comparison_and_one_more_seed(tmp_path: Path, tiny: Path, compare_cli,
 
     status, _, err = compare_cli(*budget(tiny, "--exist-ok", "--epochs", "2"))
     assert status == 2 and f"--epochs 2: {folder} was begun with 1" in err
+
+
+def test_models_that_start_unlike_are_told() -> None:
+    """A checkpoint of one of the models gives the others less than that one."""
+    own = LoadReport("dcn.pt", 348, 349, ["model.24.anchors"], [])
+    other = LoadReport("dcn.pt", 330, 349, ["model.24.anchors", *(f"model.1.bn.{i}" for i in range(18))], [])
+    assert unlike_starts({"dcn": own, "same": own}) == () == unlike_starts({})
+    (line,) = unlike_starts({"plain": other, "dcn": own})
+    assert "do not start alike (tensors that begin anew: plain 18 of 349, dcn 0 of 349)" in line
 
 
 WRONG = [

@@ -123,6 +123,8 @@ def test_a_model_that_hits_less_loses(result: Comparison) -> None:
     costs = dict(zip(runs, result.costs.values()))
     (verdict,) = verdicts(split, costs, 3.0)
     assert verdict.kind == "loses" and verdict.text.endswith("keep good")
+    (verdict,) = verdicts(split, costs, 3.0, alike=False)
+    assert verdict.text.endswith("keep good (but they did not start alike)")
     blank = {name: [without(made_up(30), 1.0)] * 3 for name in runs}
     (verdict,) = verdicts(analyse("test", blank, NAMES, resamples=100), costs, 3.0)
     assert verdict.kind == "unknown" and "train for longer" in verdict.text

@@ -3,11 +3,11 @@
     python -m benchmarks.data_scale [--images 1000 10000 100000 1000000] [--boxes 1 10 100 1000] [--folder /tmp]
 
 Data sets are made up: small JPEG files and random boxes, every file a hard link to one of a few (a million images are
-two million names), written below --folder and removed. Each row runs in a process of its own: peak memory is what it
-holds beyond its imports, seconds are of its own processor time (the machine may be shared; a quiet one takes no longer
-on one core, and less where its threads have several). The files are in the system's cache, as after a copy; on a cold disk the names have to be read
-first. A start is all up to the first batch: names, index, check of the anchors, sixteen mosaics. The slope is the
-exponent of growth, fitted over the rows: 1 is in proportion, 0 is not at all.
+two million names), written below --folder and removed. Each row runs in a process of its own. Peak memory is what it
+holds beyond its imports. Seconds are of its processor: the machine may be shared; a quiet one takes no longer on one
+core. The files are in the system's cache, as after a copy; on a cold disk the names have to be read first. A start is
+all up to the first batch: names, index, check of the anchors, sixteen mosaics. The slope is the exponent of growth,
+fitted over the rows: 1 is in proportion, 0 is not at all.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 RUN    := $(VENV)/.installed-for-running
 
-.PHONY: setup demo test test-deploy test-gpu lint format bench fuzz faults clean
+.PHONY: setup demo demo-compare test test-deploy test-gpu lint format bench fuzz faults clean
 
 setup: $(STAMP)
 
@@ -39,6 +39,12 @@ format: setup
 
 demo: $(RUN)
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" bash scripts/demo.sh
+
+# two models, two seeds, two epochs: what a report of compare.py looks like, not which model is better
+demo-compare: $(RUN)
+	$(PY) compare.py --data bccd.yaml --cfg yolov5n.yaml yolov5n-dcn.yaml --weights data/demo/yolov5n-dcn-start.pt \
+	    --seeds 2 --epochs 2 --img 160 --workers 1 --device cpu --project runs --name demo-compare --exist-ok \
+	    -- --hyp hyp.demo.yaml
 
 bench: setup
 	$(PY) -m benchmarks.startup

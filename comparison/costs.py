@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -42,7 +43,8 @@ class Cost:
 def time_inference(models: Mapping[str, nn.Module], imgsz: int, device: torch.device) -> dict[str, float]:
     """Milliseconds of the forward pass of one random image, ``imgsz`` pixels square, by model.
 
-    The shortest of many; the models take turns, so that a busy moment of the machine meets all of them.
+    The shortest of many; the models take turns, so that a busy moment of the machine meets all of them. On a CPU one
+    thread computes: several wait for each other, and where other programs run that is most of the time.
     """
     import torch
 
@@ -54,7 +56,7 @@ def time_inference(models: Mapping[str, nn.Module], imgsz: int, device: torch.de
         side = -(-imgsz // multiple) * multiple
         image = torch.rand(1, 3, side, side, device=device)
         images[name] = image.contiguous(memory_format=torch.channels_last)
-    with torch.inference_mode():
+    with torch.inference_mode(), _one_thread(device):
         for turn in range(MOST_PASSES + 2):
             for name, model in models.items():
                 spent = _timed(model, images[name], device)
@@ -64,6 +66,19 @@ def time_inference(models: Mapping[str, nn.Module], imgsz: int, device: torch.de
             if turn >= LEAST_PASSES + 1 and min(spent) > SECONDS_A_MODEL:
                 break
     return {name: 1000 * min(values) for name, values in times.items()}
+
+
+@contextmanager
+def _one_thread(device: torch.device) -> Iterator[None]:
+    import torch
+
+    before = torch.get_num_threads()
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _timed(model: nn.Module, image: torch.Tensor, device: torch.device) -> float:

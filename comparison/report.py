@@ -107,7 +107,8 @@ def _costs(result: Comparison) -> Table:
         )
     notes = [
         "Training: wall time of train.py, start and validation after each epoch included, mean over seeds. "
-        "Inference: forward pass of one image, batch 1, float32, without NMS, the shortest of many, in turns."
+        "Inference: forward pass of one image, batch 1, float32, without NMS, the shortest of many, in "
+        "turns, on a CPU by one thread."
     ]
     if result.jobs > 1:
         notes.append(

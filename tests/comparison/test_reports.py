@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from comparison.charts import curve_chart
+from comparison.costs import time_inference
 from comparison.examples import choose, examples, image_f1
 from comparison.findings import analyse
 from comparison.intervals import Interval
@@ -185,6 +186,18 @@ def test_offsets_are_shown_of_models_that_have_some(tmp_path: Path) -> None:
     assert cv2.imdecode(np.frombuffer(picture, np.uint8), cv2.IMREAD_COLOR).shape[1] > 3 * 288
     unsure = dataclasses.replace(found, detections=box * np.float32([1, 1, 1, 1, 0.1, 1]))
     assert offset_examples(models, dict.fromkeys(models, unsure), 64, device) == ()
+
+
+def test_inference_is_timed_and_threads_are_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("comparison.costs.SECONDS_A_MODEL", 0.05)
+    models = {name: DetectionModel(f"{name}.yaml", nc=3).eval() for name in ("yolov5n", "yolov5s")}
+    torch.set_num_threads(2)
+    try:
+        times = time_inference(models, 60, torch.device("cpu"))  # rounded up to 64
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+    assert 0 < times["yolov5n"] < times["yolov5s"]
 
 
 def test_texts() -> None:

@@ -21,6 +21,8 @@ from utils.config import DataConfig
 from utils.errors import ConfigError, run_cli
 
 if TYPE_CHECKING:
+    import torch
+
     from comparison.checks import Checked
     from comparison.plan import Folder, Plan
 
@@ -103,12 +105,11 @@ def main(argv: Sequence[str]) -> int:
 
     devices = tuple(device.strip() for device in args.device.split(","))
     setup_console()
-    for device in devices:
-        select_device(device)
-    checked = check_all(plan)
+    device = [select_device(device) for device in devices][0]
+    checked = check_all(plan, device)
     with folder or open_folder(args.project, args.name, args.exist_ok) as folder:
         begin(folder, plan)
-        return conduct(args, argv, plan, folder, checked, devices)
+        return conduct(args, argv, plan, folder, checked, devices, device)
 
 
 def plan_from(args: argparse.Namespace) -> Plan:
@@ -152,6 +153,7 @@ def conduct(
     folder: Folder,
     checked: Checked,
     devices: tuple[str, ...],
+    device: torch.device,
 ) -> int:
     """Train what is left to train, measure what is finished, write and print the report."""
     from comparison.trainings import Settings, train_all
@@ -160,13 +162,12 @@ def conduct(
     failed = train_all(plan, folder, Settings(args.jobs, devices, args.workers))
 
     from comparison.measuring import measure, write
-    from utils.device import select_device
 
     result = measure(
         plan,
         folder,
         checked,
-        select_device(devices[0]),
+        device,
         args.workers,
         command=argv,
         resamples=args.bootstrap,

@@ -15,6 +15,8 @@ from utils.errors import ConfigError, did_you_mean
 from utils.files import ROOT, find_file
 
 if TYPE_CHECKING:
+    import torch
+
     from models.loading import LoadReport
     from models.summary import Summary
 
@@ -71,8 +73,8 @@ def train_configs(plan: Plan) -> dict[str, TrainConfig]:
     return configs
 
 
-def check_all(plan: Plan) -> Checked:
-    """Build every model and open every image once. Raises UserError for what train.py would refuse.
+def check_all(plan: Plan, device: torch.device) -> Checked:
+    """Build every model and open every image once. Raises UserError for what train.py would refuse on ``device``.
 
     The label caches that this leaves are those that the trainings, side by side, would otherwise all make.
     """
@@ -81,23 +83,27 @@ def check_all(plan: Plan) -> Checked:
 
     import torch
 
-    from engine.parts import build_datasets, build_model, frame_for
+    from engine.parts import augments_on_device, build_datasets, build_model, frame_for
     from models.loading import build_or_load
     from models.summary import summarize
+    from models.surgery import use_dcn_backend
     from utils.dataset import DetectionDataset
+    from utils.device import amp_dtype
     from utils.dist import World
 
     world, summaries, reports, frame = World(), {}, {}, None
     for model, config in configs.items():
-        config = replace(config, dcn_backend="auto", cache="")
+        augments_on_device(config, device)
+        precision = amp_dtype(config.amp, device) or torch.float32
         hyp, _ = Hyp.load(config.hyp)
-        built = build_model(config, hyp, data, torch.device("cpu"))
+        built = build_model(replace(config, dcn_backend="auto"), hyp, data, torch.device("cpu"))
+        use_dcn_backend(built, config.dcn_backend, device, precision)
         frame = frame_for(config, built, world)
         summaries[model] = summarize(built, frame.imgsz)
         LOGGER.info(f"{model}: {summaries[model].totals()}")
         if plan.weights:
             reports[model] = build_or_load(config.cfg, config.weights, data.nc, hyp.anchors)[1]
-    build_datasets(config, hyp, data, frame, world)
+    build_datasets(replace(config, cache=""), hyp, data, frame, world)
     if data.test:
         DetectionDataset(data.test, frame.imgsz, names=data.names, single_cls=config.single_cls, prefix="test")
     notes = unlike_starts(reports)

@@ -46,6 +46,7 @@ def budget(tiny: Path, *flags: str) -> list[str]:
     return ["--data", str(tiny), *MODELS, "--epochs", "1", "--img", "64", "--batch", "4", *runs, *flags]
 
 
+@pytest.mark.slow
 def test_a_comparison_and_one_more_seed(tmp_path: Path, tiny: Path, compare_cli, monkeypatch) -> None:
     monkeypatch.setattr("comparison.costs.SECONDS_A_MODEL", 0.1)
     status, out, err = compare_cli(*budget(tiny, "--seeds", "1", "--", "--close-mosaic", "1"))
@@ -104,6 +105,8 @@ WRONG = [
     (["--data", "tiny.yaml", *MODELS, "--", "--patience", "-3"], "--patience -3: 0 (never stop early) or more"),
     (["--data", "tiny.yaml", *MODELS, "--", "--hyp", "x.yaml"], "--hyp x.yaml: no such file"),
     (["--data", "tiny.yaml", *MODELS, "--", "--dcn", "99"], "--dcn"),
+    (["--data", "tiny.yaml", *MODELS, "--", "--dcn-backend", "cuda"], "--dcn-backend cuda: "),
+    (["--data", "tiny.yaml", *MODELS, "--device", "cpu", "--", "--amp", "fp16"], "--amp fp16: CPUs train in bf16"),
     (["--resume", "."], "--resume .: not the folder of a comparison"),
     (["--resume", "--name", "x"], "--name: --resume goes on in the folder that it names"),
 ]

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-AT_ONCE = 16
+AT_ONCE = 4
 """Images coloured together: as float32 a 640 px image takes 4.9 MB, and some six copies of that are needed."""
 
 

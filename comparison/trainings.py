@@ -139,7 +139,7 @@ def _ended(job: _Job, folder: Folder, failed: dict[Run, str]) -> None:
 
 def _tell(plan: Plan, folder: Folder, jobs: Sequence[_Job], waiting: int) -> None:
     now = ", ".join(f"{job.run}: {epochs_done(folder.run_dir(job.run))}/{plan.epochs} epochs" for job in jobs)
-    LOGGER.info(f"{now}; {plural(waiting, 'training')} waiting")
+    LOGGER.info(now + (f"; {plural(waiting, 'training')} waiting" if waiting else ""))
 
 
 def end_all(jobs: Sequence[_Job]) -> None:

@@ -145,7 +145,8 @@ def test_a_compiled_package(make_job, tmp_path: Path, monkeypatch: pytest.Monkey
         assert difference(load_model(weights)(images)[0], runtime(images)[0]).relative < 1e-3
         # as export.py compares packages for a GPU: opened by another process, which may die of it
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-        assert torch.equal(ApartRuntime(path, torch.device("cpu"))(images)[0], runtime(images)[0])
+        apart = ApartRuntime(path, torch.device("cpu"))(images)[0]  # with threads of its own: sums in another order
+        assert difference(apart, runtime(images)[0]).relative < 1e-5
     assert len(list((tmp_path / "dcn-yolov5" / "opened").iterdir())) == 1
 
 

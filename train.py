@@ -93,9 +93,9 @@ def _add_data_flags(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--augment-device",
-        choices=["auto", "cpu", "gpu"],
-        default="auto",
-        help="what recolours and mirrors images: the GPU, or the loader processes (default: auto, a GPU if any)",
+        choices=["cpu", "gpu"],
+        default="cpu",
+        help="what recolours and mirrors images: the loader processes (cpu, default) or the GPU that trains",
     )
     group.add_argument(
         "--strict-data", action="store_true", help="faulty labels or images are an error instead of a warning"

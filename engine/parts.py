@@ -190,11 +190,10 @@ def build_loaders(
 
 
 def augments_on_device(cfg: TrainConfig, device: torch.device) -> bool:
-    """Whether the training device recolours and mirrors: by default a CUDA device does. ConfigError where there is only
-    a CPU and --augment-device gpu."""
+    """Whether the training device recolours and mirrors. ConfigError for --augment-device gpu on a CPU."""
     if cfg.augment_device == "gpu" and device.type == "cpu":
         raise ConfigError("--augment-device gpu: training runs on the CPU; leave it out")
-    return device.type == "cuda" if cfg.augment_device == "auto" else cfg.augment_device == "gpu"
+    return cfg.augment_device == "gpu"
 
 
 def fit_anchors(model: DetectionModel, train: DetectionDataset, hyp: Hyp, frame: Frame, cfg: TrainConfig) -> None:

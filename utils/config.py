@@ -365,7 +365,7 @@ class TrainConfig:
     close_mosaic: int = 0
     clip_grad: float = 10.0
     cuda_graphs: str = "auto"
-    augment_device: str = "auto"
+    augment_device: str = "cpu"
 
     def __post_init__(self) -> None:
         checks = [
@@ -383,8 +383,8 @@ class TrainConfig:
                 "--on-nan rollback needs the checkpoints that --nosave leaves out: leave out one of them",
             ),
             (
-                self.augment_device in ("auto", "cpu", "gpu"),
-                f"--augment-device {self.augment_device}: choose auto, cpu or gpu",
+                self.augment_device in ("cpu", "gpu"),
+                f"--augment-device {self.augment_device}: choose cpu or gpu",
             ),
             (self.cuda_graphs in ("auto", "on", "off"), f"--cuda-graphs {self.cuda_graphs}: choose auto, on or off"),
             (self.workers >= 0, f"--workers {self.workers}: 0 or more"),

@@ -99,9 +99,9 @@ def test_quad_and_validation_leave_nothing(make_set: Callable) -> None:
 
 def test_who_does_it() -> None:
     cfg = TrainConfig()
-    assert not augments_on_device(cfg, CPU) and augments_on_device(cfg, torch.device("cuda"))
-    assert not augments_on_device(replace(cfg, augment_device="cpu"), torch.device("cuda"))
+    assert not augments_on_device(cfg, CPU) and not augments_on_device(cfg, torch.device("cuda"))
+    assert augments_on_device(replace(cfg, augment_device="gpu"), torch.device("cuda"))
     with pytest.raises(ConfigError, match="--augment-device gpu: training runs on the CPU"):
         augments_on_device(replace(cfg, augment_device="gpu"), CPU)
-    with pytest.raises(ConfigError, match="--augment-device tpu: choose auto, cpu or gpu"):
+    with pytest.raises(ConfigError, match="--augment-device tpu: choose cpu or gpu"):
         replace(cfg, augment_device="tpu")

@@ -1,4 +1,5 @@
-"""NMS at evaluation's thresholds: ours, block by block, against one call of torchvision with all candidates.
+"""NMS at evaluation's thresholds: ours, block by block, against one call of torchvision with all candidates, and all
+images at once, which is our way on a GPU, against image by image.
 
     python -m benchmarks.nms [--device cuda] [--images 8]
 
@@ -59,21 +60,23 @@ def main() -> None:
     print(heading(cpu_name() if args.device == "cpu" else torch.cuda.get_device_name()))
     pred = made_up_predictions(args.images, objects=100, around=80, nc=3, device=args.device)
 
-    def suppress(block: int, conf: float, iou: float, multi_label: bool) -> Callable[[], list[Tensor]]:
+    def suppress(block: int, at_once: bool, conf: float, iou: float, multi: bool) -> Callable[[], list[Tensor]]:
         def call() -> list[Tensor]:
-            nms.BLOCK = block
-            return nms.non_max_suppression(pred, conf, iou, multi_label=multi_label)
+            nms.BLOCK, nms._goes_at_once = block, lambda device: at_once
+            return nms.non_max_suppression(pred, conf, iou, multi_label=multi)
 
         return call
 
     rows, block = [], nms.BLOCK
     for name, settings in {"val (0.001, 0.6)": (0.001, 0.6, True), "detect (0.25, 0.45)": (0.25, 0.45, False)}.items():
-        ours, whole = suppress(block, *settings), suppress(nms.MAX_CANDIDATES, *settings)
-        same = all(torch.equal(a, b) for a, b in zip(ours(), whole()))
-        times = [shortest(call, args.device, args.repeats) / args.images for call in (ours, whole)]
-        rows.append([name, *times, times[1] / times[0], "yes" if same else "NO"])
-    nms.BLOCK = block
-    print(table(["thresholds", "ours, ms/image", "one call, ms/image", "ratio", "same boxes"], rows))
+        calls = [suppress(block, True, *settings), suppress(block, False, *settings)]
+        calls.append(suppress(nms.MAX_CANDIDATES, False, *settings))
+        results = [call() for call in calls]
+        same = all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other))
+        rows.append([name, *(shortest(call, args.device, args.repeats) / args.images for call in calls)])
+        rows[-1].append("yes" if same else "NO")
+    header = ["thresholds", "at once, ms/image", "image by image, ms/image", "one call, ms/image", "same boxes"]
+    print(table(header, rows))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from models.common import DCN
 from models.ops import dcn_kernels, dcn_launch
-from models.ops.geometry import Geometry
+from models.ops.geometry import Geometry, pair
 from models.ops.layout import empty_map
 
 
@@ -51,7 +51,7 @@ class FusedDCN(nn.Module):
         super().__init__()
         self.conv_offset_mask, self.silu = layer.conv_offset_mask, layer.silu
         self.offset_groups, self.kernel = layer.offset_groups, list(layer.weight.shape[2:])
-        self.steps = [list(_pair(each)) for each in (layer.stride, layer.padding, layer.dilation)]
+        self.steps = [list(pair(each)) for each in (layer.stride, layer.padding, layer.dilation)]
         x = layer.weight.new_empty(0, layer.conv_offset_mask.in_channels, 1, 1)
         geometry = Geometry.of(x, layer.weight, *self.steps, self.offset_groups, True)
         # three dimensions: .to(memory_format=) of the model would lay out four anew
@@ -62,7 +62,3 @@ class FusedDCN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         raw = self.conv_offset_mask(x)
         return packed(x, raw, self.weight, self.bias, self.kernel, *self.steps, self.offset_groups, self.silu)
-
-
-def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from models.common import DCN
+from models.ops.geometry import pair
 from utils.errors import ConfigError
 
 MOST_POINTS = 10_000
@@ -138,7 +139,7 @@ def look(model: nn.Module, image: Tensor) -> Sampling:
 
     def note(name: str):
         def hook(layer: DCN, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            steps = (_pair(each) for each in (layer.weight.shape[2:], layer.stride, layer.padding, layer.dilation))
+            steps = (pair(each) for each in (layer.weight.shape[2:], layer.stride, layer.padding, layer.dilation))
             places = LayerSampling(name, raws.pop(), *steps, scale_of(inputs[0]), scale_of(output))
             found.append((places, output))
 
@@ -165,7 +166,3 @@ def _after(scale: Scale, conv: nn.Conv2d) -> Scale:
         middle = (conv.kernel_size[axis] - 1) * conv.dilation[axis] / 2 - conv.padding[axis]
         start.append(scale.start[axis] + scale.step[axis] * middle)
     return Scale(tuple(step * s for step, s in zip(scale.step, conv.stride)), tuple(start))
-
-
-def _pair(value: int | Sequence[int]) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))

@@ -35,7 +35,8 @@ def forward(
     out = empty_map(x, (x.shape[0], geometry.outputs, *raw.shape[2:]))
     if out.numel() == 0:
         return out
-    shares = forward_shares(x, raw, geometry)
+    tiles = tiles or forward_tiles(geometry, x.dtype, shared_memory(x.device))
+    shares = forward_shares(x, raw, geometry, tiles)
     if shares == 1:
         launch_forward(kernels.forward, x, raw, pack(weight, geometry), bias, out, geometry, silu, tiles)
         return out
@@ -51,9 +52,8 @@ def pack(weight: Tensor, geometry: Geometry) -> Tensor:
     return weight.reshape(g, geometry.outputs // g, -1, geometry.taps).permute(0, 3, 2, 1).contiguous()
 
 
-def forward_shares(x: Tensor, raw: Tensor, geometry: Geometry) -> int:
+def forward_shares(x: Tensor, raw: Tensor, geometry: Geometry, tiles: dict) -> int:
     """How many programs deal out the taps of a patch among them: several where patches are too few for a large GPU."""
-    tiles = forward_tiles(geometry, x.dtype, shared_memory(x.device))
     programs = patch_count(x.shape[0], *raw.shape[2:], tiles) * forward_blocks(geometry, tiles) * geometry.groups
     shares = min(geometry.taps, BUSY // programs)
     return shares if shares >= FEWEST_SHARES else 1

@@ -5,13 +5,13 @@ from __future__ import annotations
 import shlex
 import subprocess
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from deploy.tensorrt.plugin import compile as kernels
 from models.common import DCN
-from models.ops.geometry import Geometry
+from models.ops.geometry import Geometry, pair
 from models.yolo import DetectionModel
 from utils.errors import ConfigError, ExportError, MissingPackage, ResourceError
 from utils.files import atomic_open
@@ -43,16 +43,12 @@ def layers_of(model: DetectionModel) -> tuple[Geometry, ...]:
     found = []
     for layer in model.modules():
         if isinstance(layer, DCN):
-            pairs = (_pair(value) for value in (layer.stride, layer.padding, layer.dilation))
+            pairs = (pair(value) for value in (layer.stride, layer.padding, layer.dilation))
             outputs, group, *kernel = layer.weight.shape
             channels = layer.conv_offset_mask.in_channels
             groups = channels // group
             found.append(Geometry(*pairs, tuple(kernel), channels, outputs, groups, layer.offset_groups, logits=False))
     return tuple(dict.fromkeys(found))
-
-
-def _pair(value: int | Sequence[int]) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
 
 
 def write_kernels(folder: Path, options: PluginOptions, progress=lambda text: None) -> int:

@@ -148,7 +148,7 @@ def open_detector(args: argparse.Namespace) -> Any:
     from models.sampling import dcn_layers
     from models.surgery import use_dcn_backend
     from utils.console import LOGGER
-    from utils.device import describe_device, select_device
+    from utils.device import describe_device, graphs_allowed, select_device
 
     device = select_device(args.device)
     detector = Detector(
@@ -161,6 +161,7 @@ def open_detector(args: argparse.Namespace) -> Any:
         classes=args.classes,
         agnostic=args.agnostic_nms,
         augment=args.augment,
+        cuda_graphs=graphs_allowed(args.cuda_graphs, device, graphs_obstacle(args)),
     )
     if args.show_offsets:
         dcn_layers(detector.model)
@@ -174,6 +175,15 @@ def open_detector(args: argparse.Namespace) -> Any:
         why = fixed if detector.imgsz else f"rounded up to multiples of the stride {detector.stride}"
         LOGGER.warning(f"--imgsz is {imgsz[0]} {imgsz[1]}, {why}")
     return detector
+
+
+def graphs_obstacle(args: argparse.Namespace) -> str:
+    """Why the model cannot run as CUDA graphs, or ''."""
+    looks_inside = {"--visualize": args.visualize, "--show-offsets": args.show_offsets, "--augment": args.augment}
+    flag = next((flag for flag, given in looks_inside.items() if given), "")
+    if flag:
+        return f"{flag} runs the model layer by layer" if flag != "--augment" else "--augment runs several sizes"
+    return "they are for checkpoints (.pt)" if any(format_of(path) for path in args.weights) else ""
 
 
 def output_options(args: argparse.Namespace) -> Any:

@@ -17,7 +17,15 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
-from utils.cli import Parser, add_dcn_backend_flag, add_run_flags, check_weights, image_size_flag, keywords_to_argv
+from utils.cli import (
+    Parser,
+    add_cuda_graphs_flag,
+    add_dcn_backend_flag,
+    add_run_flags,
+    check_weights,
+    image_size_flag,
+    keywords_to_argv,
+)
 from utils.config import DataConfig, Hyp, TrainConfig
 from utils.errors import ConfigError, is_installed, run_cli
 
@@ -146,12 +154,7 @@ def _add_precision_flags(group: argparse._ArgumentGroup) -> None:
         default="auto",
         help="mixed precision; auto: bf16 or fp16 on a GPU, off on the CPU",
     )
-    group.add_argument(
-        "--cuda-graphs",
-        choices=["auto", "on", "off"],
-        default="auto",
-        help="replay training steps as CUDA graphs, faster for small models and batches; auto: on one GPU",
-    )
+    add_cuda_graphs_flag(group, "training steps")
     group.add_argument("--sync-bn", action="store_true", help="BatchNorm statistics over all ranks (several GPUs)")
     group.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     group.add_argument("--deterministic", action="store_true", help="repeatable kernels where they exist; slower")

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -119,6 +119,7 @@ def measure(args: argparse.Namespace) -> Metrics:
     if args.task == "speed":
         args.half = device.type == "cuda"  # what a GPU is fastest in; nobody asked for it, so nothing is said
     args.half = half_allowed(args.half, device)
+    uses_graphs(args, device)
     if not args.noplots and not is_installed("matplotlib"):
         LOGGER.warning("no curves and pictures are drawn: matplotlib is not installed (pip install matplotlib)")
         args.noplots = True
@@ -236,7 +237,6 @@ def one_pass(
 
     from engine.evaluator import evaluate
     from models.head import side_multiple
-    from models.tta import augmented_forward
     from utils.console import LOGGER
     from utils.dataloaders import create_dataloader
     from utils.dataset import DetectionDataset
@@ -260,7 +260,7 @@ def one_pass(
         prefix=split_of(args),
     )
     loader = create_dataloader(dataset, args.batch_size, workers=args.workers, persistent=False)
-    forward = (lambda images: (augmented_forward(model, images), None)) if args.augment else model
+    forward = forward_of(model, device, args)
     return evaluate(
         forward,
         loader,
@@ -274,6 +274,25 @@ def one_pass(
         hybrid=args.save_hybrid,
         observers=observers,
     )
+
+
+def uses_graphs(args: argparse.Namespace, device: torch.device) -> bool:
+    """Whether the model runs as CUDA graphs. ConfigError where it cannot and was asked to."""
+    from deploy.formats import format_of
+    from utils.device import graphs_allowed
+
+    obstacle = "they are for checkpoints (.pt)" if any(format_of(path) for path in args.weights) else ""
+    return graphs_allowed(args.cuda_graphs, device, "--augment runs several sizes" if args.augment else obstacle)
+
+
+def forward_of(model: nn.Module, device: torch.device, args: argparse.Namespace) -> Callable[[torch.Tensor], Any]:
+    """What runs a batch: the model, with --augment several sizes of it, or its CUDA graphs."""
+    from models.forward_graphs import ForwardGraphs
+    from models.tta import augmented_forward
+
+    if args.augment:
+        return lambda images: (augmented_forward(model, images), None)
+    return ForwardGraphs(model) if uses_graphs(args, device) else model
 
 
 def only_size(args: argparse.Namespace, model: nn.Module) -> int | None:

@@ -68,7 +68,9 @@ def _largest_that_fits(learner: Any, batch: int, size: int) -> int | None:
         before = torch.cuda.memory_reserved(device)
         images = torch.rand(count, 3, size, size, device=device)
         with torch.autocast(device.type, learner.amp_dtype, enabled=learner.amp_dtype is not None):
-            sum(level.float().mean() for level in model(images)).backward()
+            total = sum(level.float().mean() for level in model(images))
+        # not backward(): DDP's hooks would send what comes of it to the other ranks
+        torch.autograd.grad(total, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
         torch.cuda.synchronize(device)
         return max(torch.cuda.max_memory_reserved(device) - before, 1)
 

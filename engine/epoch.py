@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,39 +22,52 @@ from utils.dist import World
 from utils.ema import ModelEMA
 from utils.loss import DetectionLoss, LossParts
 from utils.schedule import Schedule
+from utils.shared_gradients import SharedGradients
 
 HEADER = ("Epoch", "GPU_mem", "box_loss", "obj_loss", "cls_loss", "Instances", "Size", "img/s")
 
 
 @dataclass
 class Learner:
-    """What a training step works on. ``model`` may be wrapped in DDP; ``ema`` lives on rank 0 only; ``graphs`` when
-    steps are replayed as CUDA graphs (:meth:`use_graphs`)."""
+    """What a training step works on. ``model`` may be wrapped in DDP, or ``shared`` hold what ranks average instead;
+    ``ema`` is kept up on rank 0, the others receive its weights when they are to validate them; ``graphs`` when steps
+    are replayed as CUDA graphs (:meth:`use_graphs`)."""
 
     model: nn.Module
     criterion: DetectionLoss
     optimizer: torch.optim.Optimizer
     schedule: Schedule
     scaler: torch.amp.GradScaler
-    ema: ModelEMA | None
+    ema: ModelEMA
     device: torch.device
     world: World
     amp_dtype: torch.dtype | None = None
     clip_grad: float = 10.0
     loss_gain: float = 1.0
+    shared: SharedGradients | None = None
     graphs: StepGraphs | None = None
+    exchanged: bool = False  # DDP has met a batch whose gradients it averages
 
     def use_graphs(self) -> None:
         """Replay steps as CUDA graphs from now on."""
         self.graphs = StepGraphs(self._backward)
 
-    def backward(self, images: Tensor, targets: Tensor, usual: bool = False) -> LossParts:
+    def backward(self, images: Tensor, targets: Tensor, usual: bool = False, last: bool = True) -> LossParts:
         """Forward, loss and backward of one batch; gradients add up until :meth:`step`.
 
         images (B, 3, H, W) on the device, uint8 or float in 0..1; targets (T, 6) on the device. ``usual``: not as a
-        graph, so that the model's hooks see the batch.
+        graph, so that the model's hooks see the batch. ``last``: a step follows, so gradients are averaged over ranks;
+        until then each rank adds up its own.
         """
-        return self.graphs(images, targets, usual) if self.graphs else self._backward(images, targets)
+        with self._quiet(last):
+            return self.graphs(images, targets, usual) if self.graphs else self._backward(images, targets)
+
+    def _quiet(self, last: bool) -> AbstractContextManager:
+        """DDP without messages where no step follows. Its first batch is with them: a static graph learns its order."""
+        if not isinstance(self.model, nn.parallel.DistributedDataParallel) or last or not self.exchanged:
+            self.exchanged = True
+            return nullcontext()
+        return self.model.no_sync()
 
     def _backward(self, images: Tensor, targets: Tensor) -> LossParts:
         """DDP averages gradients over ranks, while hyper-parameters are tuned for the sum over images: hence the
@@ -72,6 +85,8 @@ class Learner:
 
         A step whose gradient is not finite leaves the weights alone: they then show where it came from.
         """
+        if self.shared is not None:
+            self.shared.average()
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad or math.inf)
         if self.scaler.is_enabled():
@@ -83,13 +98,13 @@ class Learner:
             self.optimizer.step()
         self.scaler.update()
         self.clear_gradients()
-        if self.ema is not None:
+        if self.world.main:
             self.ema.update(self.model)
         return norm
 
     def clear_gradients(self) -> None:
-        """Drop the gradients; graphs need them where they are, and get zeros."""
-        self.optimizer.zero_grad(set_to_none=self.graphs is None)
+        """Drop the gradients; graphs and shared gradients need them where they are, and get zeros."""
+        self.optimizer.zero_grad(set_to_none=self.graphs is None and self.shared is None)
 
 
 @dataclass(frozen=True)
@@ -176,7 +191,7 @@ def train_one_epoch(
                 images = resize_batch(images, rng, multi_scale.imgsz, multi_scale.stride)
             targets = batch.targets.to(learner.device, non_blocking=True)
             with watch.step() if watch else nullcontext(False) as measured:
-                parts = learner.backward(images, targets, usual=measured)
+                parts = learner.backward(images, targets, usual=measured, last=settings.optimizer_step)
             if settings.optimizer_step:
                 meter.check(learner.step())
             text = meter.add(parts, batch, images.shape[-1])

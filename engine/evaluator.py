@@ -19,6 +19,7 @@ from utils.config import check_thresholds
 from utils.confusion import ConfusionMatrix
 from utils.console import LOGGER, progress
 from utils.device import to_network_input
+from utils.dist import World, gather_to_main
 from utils.metrics import TABLE_HEADER, Metrics, ap_per_class, iou_thresholds, match_predictions
 from utils.nms import non_max_suppression
 from utils.stages import STAGES, StageTimes
@@ -64,7 +65,8 @@ def evaluate(
     hybrid: bool = False,
     observers: Sequence[Observer] = (),
     show_progress: bool = True,
-) -> Metrics:
+    world: World = World(),
+) -> Metrics | None:
     """Precision, recall, mAP and losses of ``model`` over ``loader``.
 
     ``model``: images (B, 3, H, W) float in 0..1 -> (decoded (B, N, 5+nc), raw); a module is put into eval mode and
@@ -72,15 +74,19 @@ def evaluate(
     float32. ``criterion``: (raw, targets (T, 6)) -> LossParts, for the validation losses. ``single_cls`` ignores
     classes; ``hybrid`` lets the labels take part in NMS (which inflates every score).
 
+    ``world``: all of its processes call this together, each with the same model and a loader of its share of the
+    batches (the k-th of rank r is number k * size + r of all). Rank 0 gets the metrics of all, the same as one process
+    would; the others None. Observers see their own rank's batches.
+
     Boxes are matched in pixels of the original images, at most ``max_det`` an image. Raises ConfigError for a bad
     threshold.
     """
     check_thresholds(conf_thres, iou_thres, max_det)
-    times, losses, tally = StageTimes(device), _MeanLosses(), _Tally(len(names))
+    times, losses, tally = StageTimes(device), _Losses(), _Tally(len(names))
     shape: tuple[int, ...] = ()
     pre_process, inference, nms = STAGES
     with _eval_mode(model), torch.inference_mode():
-        for batch in progress(loader, desc=TABLE_HEADER, enabled=show_progress):
+        for batch in progress(loader, desc=TABLE_HEADER, enabled=show_progress and world.main):
             shape = shape or tuple(batch.images.shape)
             with times.stage(pre_process):
                 images = to_network_input(batch.images, device)
@@ -102,13 +108,11 @@ def evaluate(
             with times.stage("matching"):
                 detections = _to_cpu(detections)
                 results = _results(batch, detections, single_cls)
-                for result in results:
-                    tally.add(result)
+                tally.add(results)
             for observer in observers:
                 observer(batch, detections, results)
-    if tally.images and not tally.labels:
-        LOGGER.warning("no labels found in this split: there is nothing to compute metrics from")
-    return tally.metrics(losses.mean(), times.per_image(tally.images), shape)
+    shares = gather_to_main(_Share(tally, losses.values(), times.per_image(tally.images), shape), world)
+    return _metrics(shares) if world.main else None
 
 
 @contextmanager
@@ -162,43 +166,84 @@ def _results(batch: Batch, detections: Sequence[Tensor], single_cls: bool) -> li
 
 
 class _Tally:
-    """True positives, confidences and classes of all images so far."""
+    """True positives, confidences and classes of all images so far, batch by batch: in what order equal confidences
+    come decides metrics in their last digits, and batches of several ranks are to come as those of one."""
 
     def __init__(self, nc: int) -> None:
-        self.images = self.labels = 0
-        self._thresholds = iou_thresholds()
-        self._correct = [np.zeros((0, len(self._thresholds)), bool)]
-        self._detections = [np.zeros((0, 6), np.float32)]
-        self._targets = [np.zeros(0, np.float32)]
-        self._confusion = ConfusionMatrix(nc)
+        self.images = 0
+        self.correct: list[np.ndarray] = []  # (n, t) bool for each batch
+        self.detections: list[np.ndarray] = []  # (n, 6)
+        self.targets: list[np.ndarray] = []  # (m,) classes
+        self.confusion = ConfusionMatrix(nc)
 
-    def add(self, result: ImageResult) -> None:
-        self.images += 1
-        self.labels += len(result.labels)
-        self._correct.append(match_predictions(result.detections, result.labels, self._thresholds))
-        self._detections.append(result.detections.numpy())
-        self._targets.append(result.labels[:, 0].numpy())
-        self._confusion.update(result.detections, result.labels)
-
-    def metrics(self, losses: tuple[float, float, float], speed: Mapping[str, float], shape: tuple) -> Metrics:
-        detections = np.concatenate(self._detections)
-        targets = np.concatenate(self._targets)
-        per_class = ap_per_class(np.concatenate(self._correct), detections[:, 4], detections[:, 5], targets)
-        return Metrics(per_class, self.images, losses, speed, shape, self._confusion.matrix)
+    def add(self, results: Sequence[ImageResult]) -> None:
+        """Match the images of a batch."""
+        thresholds = iou_thresholds()
+        self.images += len(results)
+        self.correct.append(np.concatenate([match_predictions(r.detections, r.labels, thresholds) for r in results]))
+        self.detections.append(np.concatenate([r.detections.numpy() for r in results]))
+        self.targets.append(np.concatenate([r.labels[:, 0].numpy() for r in results]))
+        for result in results:
+            self.confusion.update(result.detections, result.labels)
 
 
-class _MeanLosses:
-    """Running sums of box, obj and cls loss; they stay on the device until :meth:`mean`."""
+class _Losses:
+    """Box, obj and cls loss of each batch; they stay on the device until :meth:`values`."""
 
     def __init__(self) -> None:
-        self._sum: Tensor | float = 0.0
-        self._batches = 0
+        self._items: list[Tensor] = []
 
     def add(self, parts: Any) -> None:
-        self._sum = self._sum + parts.items.float()
-        self._batches += 1
+        self._items.append(parts.items.float().reshape(3))
 
-    def mean(self) -> tuple[float, float, float]:
-        if not self._batches:
-            return (0.0, 0.0, 0.0)
-        return tuple((self._sum / self._batches).reshape(3).tolist())
+    def values(self) -> np.ndarray:
+        """(batches, 3) float32."""
+        return torch.stack(self._items).cpu().numpy() if self._items else np.zeros((0, 3), np.float32)
+
+
+@dataclass(frozen=True, eq=False)
+class _Share:
+    """What one rank found: its batches, their losses (batches, 3), milliseconds an image, shape of its first batch."""
+
+    tally: _Tally
+    losses: np.ndarray
+    speed: Mapping[str, float]
+    shape: tuple[int, ...]
+
+
+def _metrics(shares: Sequence[_Share]) -> Metrics:
+    """The metrics of all ranks' batches, taken in the order in which one process would have met them."""
+    tallies = [share.tally for share in shares]
+    images = sum(tally.images for tally in tallies)
+    correct, detections, targets, losses = (
+        _interleaved(parts)
+        for parts in (
+            [tally.correct for tally in tallies],
+            [tally.detections for tally in tallies],
+            [tally.targets for tally in tallies],
+            [list(share.losses) for share in shares],
+        )
+    )
+    labels = np.concatenate([np.zeros(0, np.float32), *targets])
+    if images and not len(labels):
+        LOGGER.warning("no labels found in this split: there is nothing to compute metrics from")
+    found = np.concatenate([np.zeros((0, 6), np.float32), *detections])
+    hits = np.concatenate([np.zeros((0, len(iou_thresholds())), bool), *correct])
+    speed = {
+        stage: sum(share.speed[stage] * share.tally.images for share in shares if share.tally.images) / max(images, 1)
+        for stage in max((share.speed for share in shares), key=len)
+    }
+    return Metrics(
+        ap_per_class(hits, found[:, 4], found[:, 5], labels),
+        images,
+        tuple(np.mean(losses, 0).tolist()) if losses else (0.0, 0.0, 0.0),
+        speed,
+        shares[0].shape,
+        sum(tally.confusion.matrix for tally in tallies),
+    )
+
+
+def _interleaved(shares: Sequence[Sequence[Any]]) -> list[Any]:
+    """Every rank's batches, dealt out one by one, back in their order."""
+    rounds = max(map(len, shares))
+    return [share[turn] for turn in range(rounds) for share in shares if turn < len(share)]

@@ -22,12 +22,13 @@ from utils.console import LOGGER, plural
 from utils.dataloaders import DetectionLoader, create_dataloader
 from utils.dataset import DetectionDataset, class_weights, image_weights
 from utils.device import amp_dtype
-from utils.dist import World, broadcast, main_first
+from utils.dist import World, broadcast, main_first, share_weights
 from utils.ema import ModelEMA
 from utils.errors import ConfigError
 from utils.loss import DetectionLoss
 from utils.optim import build_optimizer, describe, scaled_weight_decay
 from utils.schedule import Schedule
+from utils.shared_gradients import SharedGradients
 
 MOST_BOXES = 200_000
 """Boxes that anchors are measured on: a recall near 0.98 is then known to 0.0003."""
@@ -170,7 +171,7 @@ def build_loaders(
     device: torch.device = torch.device("cpu"),
 ) -> tuple[DetectionLoader, DetectionLoader]:
     """The training loader of this rank, which leaves the last of the augmentation to ``device`` when --augment-device
-    says so, and the validation loader (used by rank 0)."""
+    says so, and the validation loader with this rank's share of the batches."""
     shared = dict(workers=cfg.workers, seed=cfg.seed)
     loader = create_dataloader(
         train,
@@ -186,7 +187,7 @@ def build_loaders(
             f"--quad makes one image of four: it needs at least 4 images a batch (there are {frame.rank_batch}) and in "
             f"the training set ({len(train)}), for each process"
         )
-    return loader, create_dataloader(val, val.batch_size, **shared)
+    return loader, create_dataloader(val, val.batch_size, world=(world.rank, world.size), **shared)
 
 
 def augments_on_device(cfg: TrainConfig, device: torch.device) -> bool:
@@ -217,22 +218,18 @@ def share_anchors(model: DetectionModel, world: World) -> None:
 def build_learner(
     model: DetectionModel, cfg: TrainConfig, hyp: Hyp, frame: Frame, batches: int, device: torch.device, world: World
 ) -> Learner:
-    """Loss, optimizer, schedule, scaler, EMA and, over several processes, DDP around ``model``."""
+    """Loss, optimizer, schedule, scaler, EMA and, over several processes, what averages their gradients: DDP around
+    ``model``, or SharedGradients beside it where steps are CUDA graphs, into which DDP cannot put its messages."""
     dtype = amp_dtype(cfg.amp, device)
     gains = hyp.scaled(model.detect.nl, model.nc, frame.imgsz)
     criterion = DetectionLoss(model.detect.anchors, model.stride, model.nc, gains).to(device)
     decay = scaled_weight_decay(hyp.weight_decay, frame.batch)
     optimizer = build_optimizer(model, cfg.optimizer, hyp.lr0, hyp.momentum, decay, cfg.dcn_offset_lr)
     LOGGER.info(f"optimizer: {describe(optimizer)}")
-    ema = ModelEMA(model) if world.main else None
-    wrapped: nn.Module = model
-    if world.size > 1:
-        if cfg.sync_bn and device.type == "cuda":
-            wrapped = nn.SyncBatchNorm.convert_sync_batchnorm(wrapped)
-        ids = [device.index] if device.type == "cuda" else None
-        wrapped = nn.parallel.DistributedDataParallel(wrapped, device_ids=ids, static_graph=True)
+    share_weights(model, world)
+    ema, graphs = ModelEMA(model), uses_graphs(cfg, device, world)
     learner = Learner(
-        model=wrapped,
+        model=model if graphs else over_ranks(model, cfg, device, world),
         criterion=criterion,
         optimizer=optimizer,
         schedule=Schedule(hyp, cfg.epochs, batches, frame.batch, cfg.cos_lr),
@@ -243,10 +240,29 @@ def build_learner(
         amp_dtype=dtype,
         clip_grad=cfg.clip_grad,
         loss_gain=4.0 if cfg.quad else 1.0,
+        shared=SharedGradients(model) if graphs and world.size > 1 else None,
     )
-    if uses_graphs(cfg, device, world):
+    if graphs:
         learner.use_graphs()
     return learner
+
+
+def over_ranks(model: DetectionModel, cfg: TrainConfig, device: torch.device, world: World) -> nn.Module:
+    """``model`` in DDP, its BatchNorms over all ranks with --sync-bn; itself when there is one process.
+
+    Buffers are not sent: training reads none of them, and rank 0's are those that are validated and saved.
+    """
+    if world.size == 1:
+        return model
+    if cfg.sync_bn and device.type == "cuda":
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return nn.parallel.DistributedDataParallel(
+        model,
+        device_ids=[device.index] if device.type == "cuda" else None,
+        static_graph=True,
+        gradient_as_bucket_view=True,
+        broadcast_buffers=False,
+    )
 
 
 def uses_graphs(cfg: TrainConfig, device: torch.device, world: World) -> bool:

@@ -110,8 +110,7 @@ def restore(path: str | Path, learner: Learner, progress: Progress) -> None:
         raise CheckpointError(f"{path}: holds weights only, nothing to resume; start anew with --weights {path}")
     try:
         unwrap(learner.model).load_state_dict(state["model"])
-        if learner.ema is not None:
-            learner.ema.load(checkpoint.model, state["ema_updates"])
+        learner.ema.load(checkpoint.model, state["ema_updates"])
         restore_optimizer(learner.optimizer, state["optimizer"], str(path))
         if state["scaler"]:  # empty when the run so far did not scale its loss: float32, bf16
             learner.scaler.load_state_dict(state["scaler"])

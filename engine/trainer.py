@@ -41,13 +41,13 @@ from engine.run import (
 from engine.state import Progress, describe_run, restore, save_last
 from models.loading import load_model
 from models.summary import summarize
-from models.surgery import set_dcn_backend
+from models.surgery import fuse, set_dcn_backend
 from utils.config import DataConfig, Hyp, TrainConfig
 from utils.console import LOGGER, plural, setup_console
 from utils.curves import plot_labels, plot_results
 from utils.dcn_watch import DcnWatch
 from utils.device import describe_device, seed_everything, select_device
-from utils.dist import World, broadcast, close_distributed, init_distributed
+from utils.dist import World, broadcast, close_distributed, init_distributed, share_weights
 from utils.early_stopping import EarlyStopping
 from utils.errors import ConfigError
 from utils.loggers import COLUMNS, RunLogger, read_results
@@ -118,6 +118,7 @@ def fit(run: Run, multi_scale: MultiScale | None = None) -> None:
         last = _all_epochs(run, logger, multi_scale, termination)
     hours = (time.perf_counter() - start) / 3600
     LOGGER.info(f"\n{last - first + 1} epochs completed in {hours:.3f} hours.")
+    _final_validation(run)
     if world.main:
         _finish(run, logger)
 
@@ -136,11 +137,11 @@ def _all_epochs(
         except TrainingDiverged as error:
             epoch = go_back(run, error)
             continue
-        stop, metrics = False, None
+        stop, metrics, final = False, None, epoch + 1 == cfg.epochs
+        if broadcast(final or not cfg.noval or progress.stopper.possible_stop, run.world):  # rank 0 knows
+            metrics = _validate_or_save(run, epoch, result, termination)
         if run.world.main:
-            final = epoch + 1 == cfg.epochs
-            if final or not cfg.noval or progress.stopper.possible_stop:
-                metrics = _validate_or_save(run, epoch, result, termination)
+            if metrics is not None:
                 progress.class_maps = metrics.maps(run.model.nc).tolist()
                 stop = progress.stopper.update(epoch, metrics.fitness)
             _log_epoch(run, logger, watch, epoch, result, metrics)
@@ -175,7 +176,7 @@ def _learn(
     return result
 
 
-def _validate_or_save(run: Run, epoch: int, result: EpochResult, termination: NotedTermination) -> Metrics:
+def _validate_or_save(run: Run, epoch: int, result: EpochResult, termination: NotedTermination) -> Metrics | None:
     """The metrics of a trained epoch. Whatever ends validation (a signal, at once; memory, a damaged image), the
     training that came before is saved first."""
     try:
@@ -192,14 +193,16 @@ def _validate_or_save(run: Run, epoch: int, result: EpochResult, termination: No
         termination.at_once = False
 
 
-def validate(run: Run) -> Metrics:
-    """Metrics and losses of the averaged weights on the validation split."""
+def validate(run: Run) -> Metrics | None:
+    """Metrics and losses of the averaged weights on the validation split, in rank 0; each rank does its share."""
+    share_weights(run.learner.ema.model, run.world)
     metrics = _evaluate(run, run.learner.ema.model, criterion=run.learner.criterion)
-    LOGGER.info(metrics.table(run.data.names, verbose=False))
+    if metrics is not None:
+        LOGGER.info(metrics.table(run.data.names, verbose=False))
     return metrics
 
 
-def _evaluate(run: Run, model: nn.Module, **options: Any) -> Metrics:
+def _evaluate(run: Run, model: nn.Module, **options: Any) -> Metrics | None:
     """``model`` on the validation split with the run's settings; ``options`` as engine.evaluator.evaluate's."""
     run.val_loader.set_epoch(run.validations)  # only to keep its stream going: each holds the same images
     run.validations += 1
@@ -210,6 +213,7 @@ def _evaluate(run: Run, model: nn.Module, **options: Any) -> Metrics:
         names=run.data.names,
         single_cls=run.cfg.single_cls,
         amp_dtype=run.learner.amp_dtype,
+        world=run.world,
         **options,
     )
 
@@ -269,17 +273,34 @@ def _log_epoch(
         LOGGER.warning(line)
 
 
-def _finish(run: Run, logger: RunLogger) -> None:
-    """Validate best.pt as val.py would, draw the last pictures, say where everything is."""
-    if run.best.is_file():
-        LOGGER.info(f"\nValidating {run.best}...\n{TABLE_HEADER}")
-        observers = [] if run.cfg.noplots else [BatchPictures(run.dir, run.data.names)]
-        model = load_model(run.best, run.learner.device)
-        set_dcn_backend(model, run.cfg.dcn_backend)
-        metrics = _evaluate(run, model, observers=observers, show_progress=False)
+def _final_validation(run: Run) -> None:
+    """Validate best.pt as val.py would, on all ranks, and draw its curves."""
+    if not broadcast(run.best.is_file(), run.world):
+        return
+    LOGGER.info(f"\nValidating {run.best}...\n{TABLE_HEADER}")
+    draws = run.world.main and not run.cfg.noplots
+    observers = [BatchPictures(run.dir, run.data.names)] if draws else []
+    metrics = _evaluate(run, _best_model(run), observers=observers, show_progress=False)
+    if metrics is not None:
         LOGGER.info(metrics.table(run.data.names))
-        if not run.cfg.noplots:
+        if draws:
             save_curves(metrics, run.data.names, run.dir)
+
+
+def _best_model(run: Run) -> nn.Module:
+    """best.pt ready for inference in every rank. Rank 0 reads it: the others may be on machines that do not see it."""
+    if run.world.size == 1:
+        model = load_model(run.best, run.learner.device)
+    else:
+        model = load_model(run.best, run.learner.device, fuse=False) if run.world.main else run.learner.ema.model
+        share_weights(model, run.world)
+        model = fuse(model).to(memory_format=torch.channels_last)
+    set_dcn_backend(model, run.cfg.dcn_backend)
+    return model
+
+
+def _finish(run: Run, logger: RunLogger) -> None:
+    """Draw the last pictures, say where everything is."""
     if not run.cfg.noplots:
         plot_results(read_results(run.dir / "results.csv"), run.dir / "results.png")
     logger.close()

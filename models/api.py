@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from models.forward_graphs import ForwardGraphs
 from models.head import side_multiple
 from models.loading import load_model
 from models.results import Results
@@ -36,12 +37,16 @@ class Detector:
     (height, width) that an exported file takes, or None.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device, half: bool = False, **settings: Any) -> None:
-        """``half`` runs in float16, on CUDA only (elsewhere one warning and float32). Raises ConfigError for an
-        unknown setting or one out of range."""
+    def __init__(
+        self, model: nn.Module, device: torch.device, half: bool = False, cuda_graphs: bool = False, **settings: Any
+    ) -> None:
+        """``half`` runs in float16, on CUDA only (elsewhere one warning and float32). ``cuda_graphs``: on CUDA, input
+        shapes that come again are replayed as graphs (:mod:`models.forward_graphs`), where the model's hooks do not
+        run. Raises ConfigError for an unknown setting or one out of range."""
         half = half_allowed(half, device)
         self.model = (model.half() if half else model.float()).to(device).eval()
         self.device, self.dtype = device, torch.float16 if half else torch.float32
+        self._graphs = ForwardGraphs(self.model) if cuda_graphs and device.type == "cuda" else None
         self.names: dict[int, str] = dict(model.names)
         self.stride = side_multiple(model.stride)
         self.imgsz: tuple[int, int] | None = getattr(model, "imgsz", None)  # of exported files that take one size
@@ -150,9 +155,9 @@ class Detector:
     def forward(self, batch: Tensor) -> Tensor:
         """(B, 3, H, W) in 0..1 -> decoded predictions (B, N, 5+nc), float32."""
         with torch.autocast(self.device.type, enabled=self.amp):
-            output = augmented_forward(self.model, batch) if self.augment else self.model(batch)
+            output = augmented_forward(self.model, batch) if self.augment else (self._graphs or self.model)(batch)
         decoded = output[0] if isinstance(output, (tuple, list)) else output
-        return decoded.float()
+        return decoded.float() if self._graphs is None else decoded.float().clone()  # the next replay writes there
 
     def warmup(self, imgsz: tuple[int, int]) -> None:
         """One forward of an empty image on a GPU, so that the first picture is not timed with the start-up."""
@@ -163,7 +168,8 @@ class Detector:
 def load(weights: str | Path | Sequence[str | Path], device: str = "", half: bool = False, **settings: Any) -> Detector:
     """Open a checkpoint (or several, as an ensemble) for detection.
 
-    ``device`` as in ``--device``; ``settings`` are the attributes of :class:`Detector`, e.g. ``conf=0.4``.
+    ``device`` as in ``--device``; ``settings`` are the attributes of :class:`Detector`, e.g. ``conf=0.4``, and its
+    ``cuda_graphs``.
     Raises CheckpointError for a file that is missing or no checkpoint, ConfigError for a wrong setting.
     """
     chosen = select_device(device)

@@ -180,7 +180,7 @@ class EpochBatches(Sampler[list[Draw]]):
     def __iter__(self) -> Iterator[list[Draw]]:
         done = self.start * self.batch_size
         self.stream += 1
-        for epoch in count(self.epoch) if self.endless else [self.epoch]:
+        for epoch in count(self.epoch) if self.endless and len(self) else [self.epoch]:
             draws = islice(self.sampler.draws(epoch), done, None)
             done = 0
             while batch := Draws(islice(draws, self.batch_size)):

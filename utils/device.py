@@ -100,6 +100,16 @@ def half_allowed(requested: bool, device: torch.device) -> bool:
     return requested and device.type == "cuda"
 
 
+def graphs_allowed(choice: str, device: torch.device, obstacle: str = "") -> bool:
+    """Whether ``--cuda-graphs auto|on|off`` leads to graphs: by default on a CUDA device without another
+    ``obstacle`` (in words). ConfigError where they cannot be and were asked for."""
+    if device.type != "cuda":
+        obstacle = f"they need a CUDA device, not {device.type}"
+    if obstacle and choice == "on":
+        raise ConfigError(f"--cuda-graphs on: {obstacle}")
+    return not obstacle and choice != "off"
+
+
 def to_network_input(images: torch.Tensor, device: torch.device, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """uint8 (B, 3, H, W) on any device -> ``dtype`` in 0..1 on ``device``, channels last on CUDA (cuDNN's fast order).
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from utils.errors import ConfigError
 
@@ -77,6 +78,28 @@ def broadcast(value: Any, world: World) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def gather_to_main(value: Any, world: World) -> list[Any]:
+    """Every rank's value (a picklable object), in the order of ranks, in rank 0; an empty list in the others."""
+    if world.size == 1:
+        return [value]
+    values: list[Any] = [None] * world.size if world.main else []
+    dist.gather_object(value, values or None, dst=0)
+    return values
+
+
+@torch.no_grad()
+def share_weights(model: nn.Module, world: World) -> None:
+    """Rank 0's parameters and buffers in the ``model`` of every rank; their state dicts have the same entries."""
+    by_type: dict[torch.dtype, list[torch.Tensor]] = {}
+    for value in model.state_dict().values() if world.size > 1 else ():
+        by_type.setdefault(value.dtype, []).append(value)
+    for values in by_type.values():  # together: a message for each would take longer than what is in it
+        flat = torch.cat([value.reshape(-1) for value in values])
+        dist.broadcast(flat, src=0)
+        for value, part in zip(values, flat.split([value.numel() for value in values]), strict=True):
+            value.copy_(part.view(value.shape))
 
 
 def gather(value: Any, world: World) -> list[Any]:

@@ -152,7 +152,7 @@ def nan_in(layer: int, when: Callable[[], bool]) -> Callable:
     """Learner.backward that breaks a weight of a layer before the step while ``when()``."""
     original = Learner.backward
 
-    def backward(self: Learner, images, targets, usual):
+    def backward(self: Learner, images, targets, **options):
         if when():
             with torch.no_grad():
                 self.model.model[layer].conv.weight[0, 0, 0, 0] = float("nan")

@@ -10,6 +10,7 @@ from engine.diagnosis import TrainingDiverged
 from engine.epoch import Learner, PartialEpoch
 from engine.resume import torchrun_job
 from engine.state import MOST_ROLLBACKS, Progress, describe_run, keep_newest, roll_back, save_best, save_last
+from models.forward_graphs import ForwardGraphs
 from models.yolo import DetectionModel
 from utils.config import DataConfig, Hyp, TrainConfig
 from utils.console import LOGGER
@@ -37,6 +38,7 @@ class Run:
     validations: int = 0
     saved_partly: bool = False  # last.pt holds steps of an unfinished epoch
     unsaved_best: dict | None = None  # with --nosave: the best averaged weights so far
+    averaged: ForwardGraphs | None = None  # the averaged model as CUDA graphs, where steps are graphs too
 
     @property
     def model(self) -> DetectionModel:

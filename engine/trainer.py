@@ -39,6 +39,7 @@ from engine.run import (
     save_steps,
 )
 from engine.state import Progress, describe_run, restore, save_last
+from models.forward_graphs import ForwardGraphs
 from models.loading import load_model
 from models.summary import summarize
 from models.surgery import fuse, set_dcn_backend
@@ -196,7 +197,10 @@ def _validate_or_save(run: Run, epoch: int, result: EpochResult, termination: No
 def validate(run: Run) -> Metrics | None:
     """Metrics and losses of the averaged weights on the validation split, in rank 0; each rank does its share."""
     share_weights(run.learner.ema.model, run.world)
-    metrics = _evaluate(run, run.learner.ema.model, criterion=run.learner.criterion)
+    model = run.learner.ema.model
+    if run.learner.graphs and run.averaged is None:  # its weights change in place, which graphs follow
+        run.averaged = ForwardGraphs(model)
+    metrics = _evaluate(run, run.averaged or model, criterion=run.learner.criterion)
     if metrics is not None:
         LOGGER.info(metrics.table(run.data.names, verbose=False))
     return metrics

@@ -93,6 +93,7 @@ def test_study(small, tmp_path, monkeypatch):
         ({"batch": 0}, ConfigError, "--batch-size 0"),
         ({"img": 0}, ConfigError, "--imgsz 0"),
         ({"device": "7"}, ConfigError, "--device 7"),
+        ({"cuda-graphs": "on"}, ConfigError, "--cuda-graphs on: they need a CUDA device, not cpu"),
         ({"task": "valid"}, ConfigError, "--task"),
     ],
 )

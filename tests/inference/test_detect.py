@@ -104,6 +104,7 @@ def test_names_from_a_dataset_yaml(flags: list[str], tmp_path: Path, capsys) -> 
         (["--line-thickness", "-1"], ConfigError, "--line-thickness"),
         (["--vid-stride", "0"], SourceError, "--vid-stride"),
         (["--device", "9"], ConfigError, "--device 9"),
+        (["--device", "cpu", "--cuda-graphs", "on"], ConfigError, "--cuda-graphs on: they need a CUDA device"),
     ],
 )
 def test_wrong_input_is_one_line_and_leaves_nothing(

@@ -155,6 +155,11 @@ def _add_precision_flags(group: argparse._ArgumentGroup) -> None:
         help="mixed precision; auto: bf16 or fp16 on a GPU, off on the CPU",
     )
     add_cuda_graphs_flag(group, "training steps")
+    group.add_argument(
+        "--compile",
+        action="store_true",
+        help="torch.compile the training step: a minute or two at the start, faster steps; needs a C++ compiler",
+    )
     group.add_argument("--sync-bn", action="store_true", help="BatchNorm statistics over all ranks (several GPUs)")
     group.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     group.add_argument("--deterministic", action="store_true", help="repeatable kernels where they exist; slower")

@@ -13,12 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine.compiling import CompiledStep
 from engine.diagnosis import MEMORY_SIGNS, diverged, out_of_memory
 from engine.graphs import StepGraphs
 from utils.console import LOGGER, progress
 from utils.dcn_watch import DcnWatch
 from utils.device import memory_gb, to_network_input
-from utils.dist import World
+from utils.dist import World, gather
 from utils.ema import ModelEMA
 from utils.loss import DetectionLoss, LossParts
 from utils.schedule import Schedule
@@ -31,20 +32,21 @@ HEADER = ("Epoch", "GPU_mem", "box_loss", "obj_loss", "cls_loss", "Instances", "
 class Learner:
     """What a training step works on. ``model`` may be wrapped in DDP, or ``shared`` hold what ranks average instead;
     ``ema`` is kept up on rank 0, the others receive its weights when they are to validate them; ``graphs`` when steps
-    are replayed as CUDA graphs (:meth:`use_graphs`)."""
+    are replayed as CUDA graphs (:meth:`use_graphs`); ``compiled`` with --compile."""
 
     model: nn.Module
     criterion: DetectionLoss
     optimizer: torch.optim.Optimizer
     schedule: Schedule
     scaler: torch.amp.GradScaler
-    ema: ModelEMA
+    ema: ModelEMA | None
     device: torch.device
     world: World
     amp_dtype: torch.dtype | None = None
     clip_grad: float = 10.0
     loss_gain: float = 1.0
     shared: SharedGradients | None = None
+    compiled: CompiledStep | None = None
     graphs: StepGraphs | None = None
     exchanged: bool = False  # DDP has met a batch whose gradients it averages
 
@@ -59,7 +61,7 @@ class Learner:
         graph, so that the model's hooks see the batch. ``last``: a step follows, so gradients are averaged over ranks;
         until then each rank adds up its own.
         """
-        with self._quiet(last):
+        with self._quiet(last), self.compiled.step(usual) if self.compiled else nullcontext():
             return self.graphs(images, targets, usual) if self.graphs else self._backward(images, targets)
 
     def _quiet(self, last: bool) -> AbstractContextManager:
@@ -76,7 +78,7 @@ class Learner:
             images = to_network_input(images, self.device)
         with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
             raw = self.model(images)
-        parts = self.criterion(raw, targets)
+        parts = (self.compiled.loss if self.compiled else self.criterion)(raw, targets)
         self.scaler.scale(parts.total * (self.world.size * self.loss_gain)).backward()
         return parts
 
@@ -98,7 +100,7 @@ class Learner:
             self.optimizer.step()
         self.scaler.update()
         self.clear_gradients()
-        if self.world.main:
+        if self.ema is not None and self.world.main:
             self.ema.update(self.model)
         return norm
 
@@ -264,7 +266,9 @@ class _Meter:
         return PartialEpoch(self.count, self.total.tolist())
 
     def finish(self) -> Tensor:
-        return (self.total / max(self.count, 1)).cpu()
+        """Over all ranks: each had other images, and as many batches."""
+        mine = (self.total / max(self.count, 1)).cpu()
+        return torch.stack(gather(mine, self.learner.world)).mean(0)
 
 
 def log_header() -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from inspect import signature
 
 import numpy as np
 import torch
 from torch import nn
 
+from engine.compiling import CompiledStep
 from engine.epoch import Learner
 from models.deform import FORMS, make_deformable, parse_requests
 from models.head import side_multiple
@@ -228,8 +230,12 @@ def build_learner(
     LOGGER.info(f"optimizer: {describe(optimizer)}")
     share_weights(model, world)
     ema, graphs = ModelEMA(model), uses_graphs(cfg, device, world)
+    if cfg.sync_bn and world.size > 1 and device.type == "cuda":
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    compiled = CompiledStep(model, criterion) if cfg.compile else None
+    trained = compiled.model if compiled else model
     learner = Learner(
-        model=model if graphs else over_ranks(model, cfg, device, world),
+        model=trained if graphs else over_ranks(trained, device, world),
         criterion=criterion,
         optimizer=optimizer,
         schedule=Schedule(hyp, cfg.epochs, batches, frame.batch, cfg.cos_lr),
@@ -241,27 +247,34 @@ def build_learner(
         clip_grad=cfg.clip_grad,
         loss_gain=4.0 if cfg.quad else 1.0,
         shared=SharedGradients(model) if graphs and world.size > 1 else None,
+        compiled=compiled,
     )
     if graphs:
         learner.use_graphs()
     return learner
 
 
-def over_ranks(model: DetectionModel, cfg: TrainConfig, device: torch.device, world: World) -> nn.Module:
-    """``model`` in DDP, its BatchNorms over all ranks with --sync-bn; itself when there is one process.
+# the name since torch 2.12, and the one before
+_BUFFERS = next(
+    name
+    for name in ("forward_sync_buffers", "broadcast_buffers")
+    if name in signature(nn.parallel.DistributedDataParallel).parameters
+)
+
+
+def over_ranks(model: nn.Module, device: torch.device, world: World) -> nn.Module:
+    """``model`` in DDP; itself when there is one process.
 
     Buffers are not sent: training reads none of them, and rank 0's are those that are validated and saved.
     """
     if world.size == 1:
         return model
-    if cfg.sync_bn and device.type == "cuda":
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return nn.parallel.DistributedDataParallel(
         model,
         device_ids=[device.index] if device.type == "cuda" else None,
         static_graph=True,
         gradient_as_bucket_view=True,
-        broadcast_buffers=False,
+        **{_BUFFERS: False},
     )
 
 

@@ -13,7 +13,7 @@ from utils.files import load_yaml, refuse_links
 # What may differ from the interrupted run without changing what it computes (but for the rounding of another kernel).
 MAY_CHANGE = frozenset(
     {"epochs", "device", "workers", "cache", "patience", "nosave", "noval", "noplots", "save_period", "resume", "debug"}
-    | {"dcn_backend", "keep", "on_nan", "augment_device"}
+    | {"dcn_backend", "keep", "on_nan", "augment_device", "cuda_graphs", "compile"}
 )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from engine.compiling import check_compiler
 from engine.diagnosis import TrainingDiverged
 from engine.epoch import EpochResult, MultiScale, PartialEpoch, log_header, train_one_epoch
 from engine.eval_outputs import BatchPictures, save_curves
@@ -69,6 +70,8 @@ def train(cfg: TrainConfig, hyp: Hyp, data: DataConfig, notes: Sequence[str] = (
     if device.type == "cuda":
         torch.cuda.set_device(device)  # pinning and NCCL's barriers take the current one: not a GPU nobody asked for
     _check_together(cfg, hyp, world)
+    if cfg.compile:
+        check_compiler(device)
     _announce(cfg, hyp, device, notes)
     seed_everything(cfg.seed + 1 + world.rank, cfg.deterministic)
     if cfg.label_smoothing:

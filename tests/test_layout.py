@@ -50,6 +50,7 @@ deploy.runtime deploy.run_apart deploy.trial deploy.tensorrt.build
 deploy.exporter
 engine.window engine.feature_maps engine.read_ahead engine.resume engine.diagnosis engine.graphs engine.evaluator \
     engine.writers
+engine.compiling
 engine.epoch
 engine.state engine.parts engine.eval_outputs engine.offset_pictures engine.predictor
 engine.run

@@ -365,6 +365,7 @@ class TrainConfig:
     close_mosaic: int = 0
     clip_grad: float = 10.0
     cuda_graphs: str = "auto"
+    compile: bool = False
     augment_device: str = "cpu"
 
     def __post_init__(self) -> None:
@@ -387,6 +388,10 @@ class TrainConfig:
                 f"--augment-device {self.augment_device}: choose cpu or gpu",
             ),
             (self.cuda_graphs in ("auto", "on", "off"), f"--cuda-graphs {self.cuda_graphs}: choose auto, on or off"),
+            (
+                not (self.compile and (self.multi_scale or self.rect)),
+                f"--compile is for batches of one shape: leave it out, or --{'rect' if self.rect else 'multi-scale'}",
+            ),
             (self.workers >= 0, f"--workers {self.workers}: 0 or more"),
             (self.patience >= 0, f"--patience {self.patience}: 0 (never stop early) or more"),
             (0 <= self.label_smoothing < 1, f"--label-smoothing {self.label_smoothing}: between 0 and 1"),

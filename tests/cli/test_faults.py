@@ -156,7 +156,7 @@ def nan_in(layer: int, when: Callable[[], bool]) -> Callable:
         if when():
             with torch.no_grad():
                 self.model.model[layer].conv.weight[0, 0, 0, 0] = float("nan")
-        return original(self, images, targets, usual)
+        return original(self, images, targets, **options)
 
     return backward
 
@@ -291,9 +291,13 @@ def test_on_a_gpu_the_largest_batch_that_fits_is_measured(monkeypatch) -> None:
     import engine.diagnosis as diagnosis
 
     class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bias = torch.nn.Parameter(torch.zeros(1))
+
         def forward(self, images):
             peak.append(len(images) << 30)
-            return [images.float().requires_grad_()]
+            return [images + self.bias]
 
     from utils.dist import World
 

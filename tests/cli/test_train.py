@@ -305,8 +305,8 @@ def test_a_lost_loss_stops_the_run_and_names_it(tmp_path: Path, train_cli, monke
 
     real = engine.epoch.Learner.backward
 
-    def poisoned(self, images, targets, usual):
-        return real(self, images * float("nan"), targets, usual)
+    def poisoned(self, images, targets, **options):
+        return real(self, images * float("nan"), targets, **options)
 
     monkeypatch.setattr(engine.epoch.Learner, "backward", poisoned)
     status, _, err = train_cli(*DCN)
@@ -316,7 +316,7 @@ def test_a_lost_loss_stops_the_run_and_names_it(tmp_path: Path, train_cli, monke
 def test_out_of_memory_says_which_batch_to_try(train_cli, monkeypatch) -> None:
     import engine.epoch
 
-    def hungry(self, images, targets, usual):
+    def hungry(self, images, targets, **options):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(engine.epoch.Learner, "backward", hungry)

@@ -24,6 +24,7 @@ from engine.parts import Frame, build_learner, build_loaders, build_model, frame
 from models.yolo import DetectionModel
 from utils.cli import add_dcn_backend_flag
 from utils.config import DataConfig, Hyp, TrainConfig
+from utils.console import setup_console
 from utils.dataloaders import DetectionLoader
 from utils.dataset import DetectionDataset
 from utils.device import describe_device, seed_everything, select_device
@@ -101,6 +102,7 @@ def measure(case: str, args: argparse.Namespace, device: torch.device) -> list[o
         amp=args.amp,
         dcn_backend=args.dcn_backend,
         cuda_graphs=args.cuda_graphs,
+        compile=args.compile,
     )
     data, hyp, world = DataConfig.load(args.data), Hyp(), World()
     model, frame = model_and_frame(cfg, data, hyp, world, device)
@@ -144,12 +146,14 @@ def main() -> None:
     parser.add_argument("--cache", default="", choices=["", "ram"])
     parser.add_argument("--amp", default="auto")
     parser.add_argument("--cuda-graphs", choices=["auto", "off"], default="auto")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the step; says how long that took")
     add_dcn_backend_flag(parser)
     parser.add_argument("--repeat", type=int, default=8)
     parser.add_argument("--warmup", type=int, default=20)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--device", default="")
     args = parser.parse_args()
+    setup_console()
     device = select_device(args.device)
     header = ["model", "batch", "images/s", "replay, images/s", "peak GB"]
     header += ["upstream images/s", "upstream replay", "upstream GB", "ratio", "replay ratio"]

@@ -69,7 +69,7 @@ class CompiledStep:
         except torch._dynamo.exc.TorchDynamoException as error:
             reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
             raise ResourceError(
-                f"--compile: torch could not compile this model ({reason}); leave --compile out"
+                f"--compile: torch cannot compile this model ({reason}); leave --compile out"
             ) from error
         if first:
             if torch.cuda.is_available():

@@ -160,6 +160,14 @@ def _add_precision_flags(group: argparse._ArgumentGroup) -> None:
         action="store_true",
         help="torch.compile the training step: a minute or two at the start, faster steps; needs a C++ compiler",
     )
+    group.add_argument(
+        "--ddp-timeout",
+        type=float,
+        default=45.0,
+        metavar="SECONDS",
+        help="several processes: one that is silent, or stands still among the batches, for so long is given up; 0: "
+        "never (default: %(default)g)",
+    )
     group.add_argument("--sync-bn", action="store_true", help="BatchNorm statistics over all ranks (several GPUs)")
     group.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     group.add_argument("--deterministic", action="store_true", help="repeatable kernels where they exist; slower")

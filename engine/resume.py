@@ -14,6 +14,7 @@ from utils.files import load_yaml, refuse_links
 MAY_CHANGE = frozenset(
     {"epochs", "device", "workers", "cache", "patience", "nosave", "noval", "noplots", "save_period", "resume", "debug"}
     | {"dcn_backend", "keep", "on_nan", "augment_device", "cuda_graphs", "compile"}
+    | {"ddp_timeout"}
 )
 
 

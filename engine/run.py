@@ -19,6 +19,7 @@ from utils.dist import World
 from utils.ema import unwrap
 from utils.files import atomic_write, dump_yaml, load_yaml, new_run_dir, remove_leftovers
 from utils.metrics import Metrics
+from utils.peer_watch import PeerWatch
 from utils.signals import NotedTermination
 
 
@@ -35,6 +36,7 @@ class Run:
     val_loader: DetectionLoader
     progress: Progress
     world: World
+    watch: PeerWatch
     validations: int = 0
     saved_partly: bool = False  # last.pt holds steps of an unfinished epoch
     unsaved_best: dict | None = None  # with --nosave: the best averaged weights so far

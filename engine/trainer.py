@@ -49,11 +49,12 @@ from utils.console import LOGGER, plural, setup_console
 from utils.curves import plot_labels, plot_results
 from utils.dcn_watch import DcnWatch
 from utils.device import describe_device, seed_everything, select_device
-from utils.dist import World, broadcast, close_distributed, init_distributed, share_weights
+from utils.dist import World, broadcast, close_distributed, init_distributed, meet, share_weights
 from utils.early_stopping import EarlyStopping
 from utils.errors import ConfigError
 from utils.loggers import COLUMNS, RunLogger, read_results
 from utils.metrics import TABLE_HEADER, Metrics
+from utils.peer_watch import PeerWatch
 from utils.plots import plot_batch
 from utils.signals import NotedTermination, termination_noted
 
@@ -69,6 +70,23 @@ def train(cfg: TrainConfig, hyp: Hyp, data: DataConfig, notes: Sequence[str] = (
     device = select_device(cfg.device, world.local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # pinning and NCCL's barriers take the current one: not a GPU nobody asked for
+    with PeerWatch(world, cfg.ddp_timeout) as watch:
+        run_dir = _train(cfg, hyp, data, notes, device, world, watch)
+        meet(world)
+    close_distributed(world)
+    return run_dir
+
+
+def _train(
+    cfg: TrainConfig,
+    hyp: Hyp,
+    data: DataConfig,
+    notes: Sequence[str],
+    device: torch.device,
+    world: World,
+    watch: PeerWatch,
+) -> Path:
+    """:func:`train` in one of the processes of ``world``."""
     _check_together(cfg, hyp, world)
     if cfg.compile:
         check_compiler(device)
@@ -95,7 +113,7 @@ def train(cfg: TrainConfig, hyp: Hyp, data: DataConfig, notes: Sequence[str] = (
         _check_unfinished(cfg, progress)
 
     run_dir = Path(broadcast(str(open_run_dir(cfg, hyp, world)), world))
-    run = Run(cfg, hyp, data, run_dir, learner, loader, val_loader, progress, world)
+    run = Run(cfg, hyp, data, run_dir, learner, loader, val_loader, progress, world, watch)
     multi_scale = MultiScale(frame.imgsz, frame.stride, cfg.seed) if cfg.multi_scale else None
     LOGGER.info(
         f"Image sizes {frame.imgsz} train, {frame.imgsz} val\nUsing {loader.num_workers} dataloader workers\n"
@@ -105,7 +123,6 @@ def train(cfg: TrainConfig, hyp: Hyp, data: DataConfig, notes: Sequence[str] = (
         fit(run, multi_scale)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(how_to_go_on(run)) from None
-    close_distributed(world)
     return run_dir
 
 
@@ -117,6 +134,7 @@ def fit(run: Run, multi_scale: MultiScale | None = None) -> None:
         _first_pictures(run, logger)
     if cfg.on_nan == "rollback" and not cfg.resume:  # a state to go back to before the first epoch is over
         save_last(run.last, run.learner, describe_run(run.model, cfg, run.hyp), progress, -1, {})
+    meet(world)  # rank 0 has drawn its pictures: from here on nobody waits for anything but steps
     start, first = time.perf_counter(), progress.start_epoch
     with termination_noted(enabled=world.size == 1) as termination:  # ranks would not stop at the same step
         last = _all_epochs(run, logger, multi_scale, termination)
@@ -141,6 +159,7 @@ def _all_epochs(
         except TrainingDiverged as error:
             epoch = go_back(run, error)
             continue
+        run.watch.begin()
         stop, metrics, final = False, None, epoch + 1 == cfg.epochs
         if broadcast(final or not cfg.noval or progress.stopper.possible_stop, run.world):  # rank 0 knows
             metrics = _validate_or_save(run, epoch, result, termination)
@@ -148,8 +167,9 @@ def _all_epochs(
             if metrics is not None:
                 progress.class_maps = metrics.maps(run.model.nc).tolist()
                 stop = progress.stopper.update(epoch, metrics.fitness)
-            _log_epoch(run, logger, watch, epoch, result, metrics)
-            save_epoch(run, epoch, metrics, last_epoch=final or stop)
+            with run.watch.undisturbed():
+                _log_epoch(run, logger, watch, epoch, result, metrics)
+                save_epoch(run, epoch, metrics, last_epoch=final or stop)
         if termination.is_set():
             save_and_end(run, epoch, None, termination)
         if broadcast(stop, run.world):
@@ -173,7 +193,7 @@ def _learn(
     run.loader.set_epoch(epoch, done.batches if done else 0)
     log_header()
     result = train_one_epoch(
-        run.learner, run.loader, epoch, run.cfg.epochs, multi_scale, done, termination.is_set, watch
+        run.learner, run.watch.batches(run.loader), epoch, run.cfg.epochs, multi_scale, done, termination.is_set, watch
     )
     if result.unfinished:
         save_and_end(run, epoch - 1, result.done, termination)
@@ -213,9 +233,9 @@ def _evaluate(run: Run, model: nn.Module, **options: Any) -> Metrics | None:
     """``model`` on the validation split with the run's settings; ``options`` as engine.evaluator.evaluate's."""
     run.val_loader.set_epoch(run.validations)  # only to keep its stream going: each holds the same images
     run.validations += 1
-    return evaluate(
+    metrics = evaluate(
         model,
-        run.val_loader,
+        run.watch.batches(run.val_loader),
         device=run.learner.device,
         names=run.data.names,
         single_cls=run.cfg.single_cls,
@@ -223,6 +243,8 @@ def _evaluate(run: Run, model: nn.Module, **options: Any) -> Metrics | None:
         world=run.world,
         **options,
     )
+    run.watch.begin()
+    return metrics
 
 
 def _check_together(cfg: TrainConfig, hyp: Hyp, world: World) -> None:

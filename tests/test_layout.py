@@ -28,7 +28,8 @@ utils.errors utils.console utils.boxes utils.augmentations utils.frames utils.cr
 utils.files utils.torch_file utils.npz utils.device utils.dist utils.images utils.label_table utils.labels \
     utils.mosaic utils.plots utils.curves utils.metrics utils.confusion utils.coco utils.optim utils.autobatch \
     utils.shared_gradients utils.streams models.common models.forward_graphs models.head
-utils.config utils.checkpoint utils.wts utils.loggers utils.label_cache utils.sources models.extra models.ghost \
+utils.config utils.checkpoint utils.peer_watch utils.wts utils.loggers utils.label_cache utils.sources \
+    models.extra models.ghost \
     models.transformer models.sampling models.spec models.surgery models.deform models.summary models.results
 utils.cli utils.nms utils.check_data utils.image_cache utils.loss utils.schedule models.parser models.map_size \
     models.upstream

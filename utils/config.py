@@ -343,6 +343,7 @@ class TrainConfig:
     single_cls: bool = False
     optimizer: str = "SGD"
     sync_bn: bool = False
+    ddp_timeout: float = 45.0
     workers: int = 8
     project: str = "runs/train"
     name: str = "exp"
@@ -393,6 +394,10 @@ class TrainConfig:
                 f"--compile is for batches of one shape: leave it out, or --{'rect' if self.rect else 'multi-scale'}",
             ),
             (self.workers >= 0, f"--workers {self.workers}: 0 or more"),
+            (
+                self.ddp_timeout == 0 or 2 <= self.ddp_timeout < math.inf,
+                f"--ddp-timeout {self.ddp_timeout:g}: 2 seconds or more, or 0 to wait for ever",
+            ),
             (self.patience >= 0, f"--patience {self.patience}: 0 (never stop early) or more"),
             (0 <= self.label_smoothing < 1, f"--label-smoothing {self.label_smoothing}: between 0 and 1"),
             (self.dcn_offset_lr >= 0, f"--dcn-offset-lr {self.dcn_offset_lr}: 0 or more"),

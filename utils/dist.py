@@ -16,7 +16,8 @@ from torch import nn
 from utils.errors import ConfigError
 
 TIMEOUT = timedelta(hours=3)
-"""How long a rank waits for another (rank 0 may be scanning a large data set)."""
+"""How long a rank waits for another (rank 0 may be scanning a large data set); those that hang are found sooner, by
+utils/peer_watch.py."""
 
 
 @dataclass(frozen=True)
@@ -54,10 +55,16 @@ def init_distributed(cuda: bool) -> World:
     return world
 
 
-def close_distributed(world: World) -> None:
-    """Leave the process group together: a rank that leaves early can abort its peers."""
+def meet(world: World) -> None:
+    """Wait until all ranks are here."""
     if world.size > 1 and dist.is_initialized():
         dist.barrier()
+
+
+def close_distributed(world: World) -> None:
+    """Leave the process group together: a rank that leaves early can abort its peers."""
+    meet(world)
+    if world.size > 1 and dist.is_initialized():
         dist.destroy_process_group()
 
 

@@ -1,6 +1,7 @@
 """Runs a script of this repository with a fault built in: python -m scripts.faults.inject kill-in-save:2 train.py ...
 
 Each fault strikes where no signal from outside could be timed to: in the middle of a write, at a certain step.
+``1@gpu-memory``: in rank 1 only, and in torchrun's first start only.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import io
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -86,7 +88,7 @@ def kill_before_last(number: str) -> None:
 def kill_a_worker(number: str) -> None:
     """At the ``number``-th step, a loader process."""
 
-    def action(*_: Any) -> None:
+    def action(*_: Any, **__: Any) -> None:
         import psutil
 
         for child in psutil.Process().children()[:1]:
@@ -98,13 +100,25 @@ def kill_a_worker(number: str) -> None:
 def kill_a_rank(number: str) -> None:
     """At the ``number``-th step, the process of rank 1, in torchrun's first start only."""
     if os.environ.get("RANK") == "1" and os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0":
-        at_call(importlib.import_module("engine.epoch").Learner, "backward", int(number), lambda *_: kill())
+        at_call(importlib.import_module("engine.epoch").Learner, "backward", int(number), lambda *_, **__: kill())
+
+
+def stop(number: str) -> None:
+    """At the ``number``-th step the process is stopped, as a debugger or a machine that swaps would."""
+    step = importlib.import_module("engine.epoch").Learner
+    at_call(step, "backward", int(number), lambda *_, **__: os.kill(os.getpid(), signal.SIGSTOP))
+
+
+def stall(number: str) -> None:
+    """At the ``number``-th step the main thread stands still, as one does whose GPU or storage no longer answers."""
+    step = importlib.import_module("engine.epoch").Learner
+    at_call(step, "backward", int(number), lambda *_, **__: time.sleep(3600))
 
 
 def nan(number: str) -> None:
     """Before the ``number``-th step (0: before every one), in a weight of layer 3."""
 
-    def action(learner: Any, *_: Any) -> None:
+    def action(learner: Any, *_: Any, **__: Any) -> None:
         with torch.no_grad():
             learner.model.model[3].conv.weight[0, 0, 0, 0] = float("nan")
 
@@ -114,7 +128,7 @@ def nan(number: str) -> None:
 def no_memory(_: str) -> None:
     """Before the first step the address space is limited to what is taken and 100 MB more."""
 
-    def action(*_: Any) -> None:
+    def action(*_: Any, **__: Any) -> None:
         import resource
 
         import psutil
@@ -128,7 +142,7 @@ def no_memory(_: str) -> None:
 def gpu_memory(_: str) -> None:
     """The error of CUDA's allocator at the second step."""
 
-    def action(*_: Any) -> None:
+    def action(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     at_call(importlib.import_module("engine.epoch").Learner, "backward", 2, action)
@@ -137,7 +151,7 @@ def gpu_memory(_: str) -> None:
 def vanish(folder: str) -> None:
     """Between the scan and the first epoch one image is removed and another cut short."""
 
-    def action(*_: Any) -> None:
+    def action(*_: Any, **__: Any) -> None:
         first, second, *_rest = sorted(Path(folder).iterdir())
         first.unlink()
         second.write_bytes(second.read_bytes()[:1000])
@@ -159,6 +173,8 @@ FAULTS: dict[str, Callable[[str], None]] = {
     "kill-before-last": kill_before_last,
     "kill-a-worker": kill_a_worker,
     "kill-a-rank": kill_a_rank,
+    "stop": stop,
+    "stall": stall,
     "nan": nan,
     "no-memory": no_memory,
     "gpu-memory": gpu_memory,
@@ -170,8 +186,10 @@ FAULTS: dict[str, Callable[[str], None]] = {
 def main() -> int:
     """Install the fault, then be the script."""
     fault, script, *flags = sys.argv[1:]
+    rank, _, fault = fault.rpartition("@")
     name, _, argument = fault.partition(":")
-    FAULTS[name](argument)
+    if not rank or (rank == os.environ.get("RANK") and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"):
+        FAULTS[name](argument)
     return run_cli(importlib.import_module(script.removesuffix(".py")).main, flags)
 
 

@@ -63,7 +63,7 @@ def test_a_rank_that_is_killed_ends_the_others_with_one_line(tmp_path: Path, tin
             process.kill()
             process.wait()
     lines = (tmp_path / "0.txt").read_text().splitlines()
-    assert lines[-1].startswith("rank 0: error: lost contact with another process of this training (")
+    assert lines[-1].startswith("rank 0: error: rank 1 has ended without a word (killed, or its machine is gone); ")
     assert lines[-1].endswith("go on with --resume") and not any("Traceback" in line for line in lines)
     assert read_checkpoint(last).train
 

@@ -22,7 +22,7 @@ ESCAPED = 0.3
 
 
 @dataclass(frozen=True)
-class _Geometry:
+class Geometry:
     """Where a layer samples before any offset: input size, kernel, and the convolution's steps, as (y, x) pairs."""
 
     size: tuple[int, int]
@@ -65,7 +65,7 @@ class DcnWatch:
         self._steps = 0
         self._sums: dict[str, Tensor] = {}  # (5,) sums over samplings: mean |offset|, max, outside, mask, count
         self._lengths: dict[str, Tensor] = {}  # of the newest sampling
-        self._geometry: dict[str, _Geometry] = {}
+        self._geometry: dict[str, Geometry] = {}
         self._warned: set[str] = set()
 
     def start_epoch(self) -> None:
@@ -132,7 +132,7 @@ class DcnWatch:
     def _hook(self, name: str):
         @torch.no_grad()
         def record(branch: nn.Conv2d, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            geometry = _geometry(branch, inputs[0], output)
+            geometry = geometry_of(branch, inputs[0], output)
             row, self._lengths[name] = _measure(output.detach(), geometry)
             before = self._sums.get(name)
             if before is not None:
@@ -143,17 +143,23 @@ class DcnWatch:
         return record
 
 
-def _measure(output: Tensor, geometry: _Geometry) -> tuple[Tensor, Tensor]:
-    """(5,) float32: mean and largest offset length, share outside, mean mask, 1; and up to SAMPLE of the lengths."""
+def displaced(output: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
+    """Of ``output`` (B, 3*K*G, H', W'): the offsets (B, G, kh, kw, 2, H', W') float32, (y, x) pixels of the layer's
+    input, and whether each sample sees the image, bool without the axis of 2."""
     batch, channels, height, width = output.shape
     pairs, taps = channels // 3, math.prod(geometry.kernel)
     offset = output[:, : 2 * pairs].float().view(batch, pairs // taps, *geometry.kernel, 2, height, width)
     dy, dx = offset.unbind(4)  # (B, G, kh, kw, H', W')
-    length = torch.hypot(dy, dx)
     y = geometry.positions(0, output).T[:, None, :, None] + dy  # kh along taps, H' along rows
     x = geometry.positions(1, output).T[None, :, None, :] + dx
-    inside = _inside(y, geometry.size[0]) & _inside(x, geometry.size[1])
-    mask = output[:, 2 * pairs :].float().sigmoid()
+    return offset, _inside(y, geometry.size[0]) & _inside(x, geometry.size[1])
+
+
+def _measure(output: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
+    """(5,) float32: mean and largest offset length, share outside, mean mask, 1; and up to SAMPLE of the lengths."""
+    offset, inside = displaced(output, geometry)
+    length = torch.hypot(*offset.unbind(4))
+    mask = output[:, output.shape[1] // 3 * 2 :].float().sigmoid()
     one = torch.ones((), device=output.device)
     some = length.flatten()[:: math.ceil(length.numel() / SAMPLE)].clone()
     return torch.stack((length.mean(), length.amax(), 1 - inside.float().mean(), mask.mean(), one)), some
@@ -164,9 +170,10 @@ def _inside(places: Tensor, size: int) -> Tensor:
     return (places > -1) & (places < size)
 
 
-def _geometry(branch: nn.Conv2d, image: Tensor, output: Tensor) -> _Geometry:
+def geometry_of(branch: nn.Conv2d, image: Tensor, output: Tensor) -> Geometry:
+    """The geometry of a layer whose ``branch`` made ``output`` of ``image``, its input (B, C, H, W)."""
     pairs = (_pair(value) for value in (branch.kernel_size, branch.stride, branch.padding, branch.dilation))
-    return _Geometry(tuple(image.shape[2:]), tuple(output.shape[2:]), *pairs)
+    return Geometry(tuple(image.shape[2:]), tuple(output.shape[2:]), *pairs)
 
 
 def _pair(value: int | Sequence[int]) -> tuple[int, int]:

@@ -1,0 +1,137 @@
+"""From an arm's record to what became of it."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from benchmarks.collapse.record import Course
+
+LOST = 0.9
+"""Share of a layer's samples outside the image from which on it counts as lost."""
+LEARNED = 0.5
+"""Share of the way from BLIND's loss to CONTROL's that counts as training."""
+CONTROL, BLIND = "plain+clip", "plain+clip+blind"
+
+PROGRESS = 0.05
+"""By how much of it the control must be below the loss of a constant before others can be measured by it."""
+
+TRAINS, STALLED, ESCAPED, DIVERGED, UNCLEAR = "trains", "stalls", "escapes", "diverges", "too short to say"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """``state``: diverges (loss or gradients stop being finite), escapes (no gradient reaches the stem, or a layer has
+    LOST its samples), stalls (its last loss is nearer to BLIND's than LEARNED), trains; "too short to say" where the
+    control is not better than a constant either. ``died_at``: step from which on it stayed so, NaN if never.
+    ``last_loss``: mean over the last fifth. ``learned``: 0 at the loss of a constant, 1 at the control's."""
+
+    course: Course
+    state: str
+    died_at: float
+    first_loss: float
+    last_loss: float
+    learned: float
+
+    @property
+    def died(self) -> bool:
+        return self.state not in (TRAINS, UNCLEAR)
+
+    def median(self, column: str) -> float:
+        return _finite(np.median, self.course.columns[column])
+
+    def lowest(self, column: str) -> float:
+        return _finite(np.min, self.course.columns[column])
+
+    def last(self, column: str) -> float:
+        return float(self.course.columns[column][-1])
+
+    def peak(self, column: str) -> float:
+        """Largest value over layers and steps."""
+        return _finite(np.max, self.course.layers(column))
+
+    def extent(self, column: str) -> tuple[float, float]:
+        """Smallest and largest mean of a layer over the steps."""
+        means = [_finite(np.mean, layer) for layer in self.course.layers(column)]
+        return (min(means), max(means)) if means else (math.nan, math.nan)
+
+    def escaped_at(self, share: float) -> float:
+        """First step at which a layer had that share of its samples outside."""
+        return _first(self.course, (self.course.escaped() >= share).any(0))
+
+    @property
+    def escaped_peak(self) -> float:
+        return _finite(np.max, self.course.escaped())
+
+    @property
+    def escaped_end(self) -> float:
+        return _finite(np.max, last_measured(self.course.escaped()))
+
+
+def last_measured(values: np.ndarray) -> np.ndarray:
+    """(layers, rows) -> (layers,) of the newest step in which layers were measured."""
+    measured = np.flatnonzero(np.isfinite(values).any(0)) if values.size else []
+    return values[:, measured[-1]] if len(measured) else values[:, -1:].reshape(-1)
+
+
+def judge(courses: dict[str, list[Course]]) -> dict[str, list[Finding]]:
+    """What became of each arm, seed by seed. Measured between BLIND and CONTROL; where they are absent, between the
+    first losses and the lowest last one."""
+    levels = {name: [_levels(course) for course in found] for name, found in courses.items()}
+    ends = {name: _finite(np.mean, np.array([end for _, end in pairs])) for name, pairs in levels.items()}
+    top = ends.get(BLIND, _finite(np.mean, np.array([first for pairs in levels.values() for first, _ in pairs])))
+    goal = ends.get(CONTROL, _finite(np.min, np.array(list(ends.values()))))
+    return {
+        name: [_judge(course, top, goal, *pair) for course, pair in zip(found, levels[name])]
+        for name, found in courses.items()
+    }
+
+
+def _levels(course: Course) -> tuple[float, float]:
+    """Loss in the first logged step and in the last fifth of them."""
+    loss = course.columns["loss"]
+    return float(loss[0]), _finite(np.mean, loss[-max(len(loss) // 5, 1) :])
+
+
+def _judge(course: Course, top: float, goal: float, first: float, last: float) -> Finding:
+    learned = (top - last) / (top - goal) if top - goal > PROGRESS * top else math.nan
+    columns = course.columns
+    broken = ~np.isfinite(columns["loss"]) | ~np.isfinite(columns["grad_norm"])
+    silent = columns["stem_grad"] == 0
+    lost = (course.escaped() >= LOST).any(0) if course.meta["layers"] else np.zeros(len(course.steps), bool)
+    tail = slice(-max(len(broken) // 5, 1), None)
+    if broken[tail].mean() >= 0.5:
+        return Finding(course, DIVERGED, _since(course, broken), first, last, learned)
+    if silent[-1] or _lost_now(course):
+        return Finding(course, ESCAPED, _since(course, silent | lost), first, last, learned)
+    state = UNCLEAR if math.isnan(learned) else TRAINS if learned >= LEARNED else STALLED
+    return Finding(course, state, math.nan, first, last, learned)
+
+
+def _lost_now(course: Course) -> bool:
+    shares = last_measured(course.escaped())
+    return bool(len(shares) and np.nanmax(np.nan_to_num(shares)) >= LOST)
+
+
+def _since(course: Course, bad: np.ndarray) -> float:
+    """First step after the last that was good."""
+    good = np.flatnonzero(~bad)
+    if len(good) == 0:
+        return float(course.steps[0])
+    return float(course.steps[min(good[-1] + 1, len(bad) - 1)])
+
+
+def _first(course: Course, condition: np.ndarray) -> float:
+    at = np.flatnonzero(condition)
+    return float(course.steps[at[0]]) if len(at) else math.nan
+
+
+def _finite(reduce: Callable, values: np.ndarray) -> float:
+    values = values[np.isfinite(values)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return float(reduce(values)) if values.size else math.nan

@@ -57,7 +57,7 @@ def _add_model_flags(group: argparse._ArgumentGroup) -> None:
         default="",
         metavar="LAYERS",
         help="make these convolutions deformable, their weights and the model's output kept: layer numbers (1,3,5), "
-        "c3:8 (the 3x3 ones inside layer 8), backbone.last2, all3x3",
+        "c3:8 (the 3x3 ones inside layer 8), c3:6/3 (every third of them), backbone.last2, all3x3",
     )
     group.add_argument(
         "--freeze",

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from deploy.metadata import Metadata
+from models.common import DCN
 from models.yolo import DetectionModel
 from utils.console import LOGGER
 from utils.errors import ExportError
@@ -38,8 +39,15 @@ def wts_tensors(model: DetectionModel) -> dict[str, Tensor]:
 
 
 def unknown_to_readers(model: DetectionModel) -> list[str]:
-    """Kinds of layers in the model that no reader's network has."""
-    return sorted({type(layer).__name__ for layer in model.model} - set(READERS_KNOW))
+    """Kinds of layers in the model that no reader's network has; a DCN inside a block or with options among them."""
+    unknown = {type(layer).__name__ for layer in model.model} - set(READERS_KNOW)
+    for layer in model.model:
+        inside = [module for module in layer.modules() if isinstance(module, DCN)]
+        if inside and not isinstance(layer, DCN) and type(layer).__name__ in READERS_KNOW:
+            unknown.add(f"{type(layer).__name__} with DCN inside")
+        if any(dcn.offset_groups > 1 or type(dcn.conv_offset_mask) is not nn.Conv2d for dcn in inside):
+            unknown.add("DCN with options")
+    return sorted(unknown)
 
 
 def export_wts(model: DetectionModel, path: Path, meta: Metadata | None) -> int:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from models.offsets import offset_branch, start_at_zero
 from models.ops.deform_conv import deform_conv2d_raw
 
 Size = int | tuple[int, int]
@@ -71,12 +72,18 @@ class DCN(nn.Module):
 
     conv_offset_mask starts at zero: every tap samples its regular place with mask sigmoid(0) = 0.5, so that at step 0
     the layer is half of a plain convolution.
+
+    Beyond the article: each of ``offset_groups`` shares of the channels samples at its own places; ``separable`` makes
+    conv_offset_mask a depthwise convolution and a 1x1 one (keys .depthwise.*, .pointwise.*); ``bound`` keeps offsets
+    within so many pixels (0: free).
     """
 
-    def __init__(self, c1, c2, k=3, s=1, p=None, d=1, g=1, offset_groups: int = 1) -> None:
+    def __init__(
+        self, c1, c2, k=3, s=1, p=None, d=1, g=1, offset_groups: int = 1, separable: bool = False, bound: float = 0.0
+    ) -> None:
         super().__init__()
         for name, channels, groups in (("c1", c1, g), ("c2", c2, g), ("c1", c1, offset_groups)):
-            if groups < 1 or channels % groups:
+            if not isinstance(groups, int) or groups < 1 or channels % groups:
                 raise ValueError(f"DCN: {groups} groups do not divide {name} = {channels}")
         kernel = (k, k) if isinstance(k, int) else tuple(k)
         self.stride, self.padding, self.dilation = s, autopad(k, p, d), d
@@ -85,9 +92,7 @@ class DCN(nn.Module):
         self.silu = False  # applied to the result; models.surgery.fuse sets it
         self.weight = nn.Parameter(torch.empty(c2, c1 // g, *kernel))
         self.bias = nn.Parameter(torch.empty(c2))
-        self.conv_offset_mask = nn.Conv2d(
-            c1, 3 * math.prod(kernel) * offset_groups, kernel, s, self.padding, dilation=d
-        )
+        self.conv_offset_mask = offset_branch(c1, offset_groups, kernel, s, self.padding, d, separable, bound)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -96,8 +101,7 @@ class DCN(nn.Module):
         bound = 1 / math.sqrt(math.prod(self.weight.shape[1:]))
         self.weight.uniform_(-bound, bound)
         self.bias.zero_()
-        self.conv_offset_mask.weight.zero_()
-        self.conv_offset_mask.bias.zero_()
+        start_at_zero(self.conv_offset_mask)
 
     def forward(self, x: Tensor) -> Tensor:
         raw = self.conv_offset_mask(x)
@@ -113,11 +117,25 @@ class DCNConv(nn.Module):
     """DCN -> bn -> act, in place of a Conv. Keys: conv.weight, conv.bias, conv.conv_offset_mask.*, bn.*
 
     ``conv.weight`` and ``bn.*`` have the names and shapes of a Conv's, so plain weights transfer by name.
+    The arguments after ``act`` are those of :class:`DCN`.
     """
 
-    def __init__(self, c1, c2, k=3, s=1, p=None, d=1, g=1, act: bool | nn.Module = True) -> None:
+    def __init__(
+        self,
+        c1,
+        c2,
+        k=3,
+        s=1,
+        p=None,
+        d=1,
+        g=1,
+        act: bool | nn.Module = True,
+        offset_groups: int = 1,
+        separable: bool = False,
+        bound: float = 0.0,
+    ) -> None:
         super().__init__()
-        self.conv = DCN(c1, c2, k, s, p, d, g)
+        self.conv = DCN(c1, c2, k, s, p, d, g, offset_groups, separable, bound)
         self.bn = batch_norm(c2)
         self.act = activation(act)
 
@@ -224,18 +242,33 @@ class C3(PartialBlock):
 
 
 class DCNBottleneck(Bottleneck):
-    """Bottleneck with a DCNConv as its 3x3."""
+    """Bottleneck with a DCNConv as its 3x3; ``offsets``: DCNConv's arguments after ``act``."""
 
-    def __init__(self, c1, c2, shortcut=True, g=1, e=0.5, *, act: bool | nn.Module = True) -> None:
+    def __init__(self, c1, c2, shortcut=True, g=1, e=0.5, *offsets, act: bool | nn.Module = True) -> None:
         super().__init__(c1, c2, shortcut, g, e, act=act)
-        self.cv2 = DCNConv(int(c2 * e), c2, 3, g=g, act=act)
+        self.cv2 = DCNConv(int(c2 * e), c2, 3, 1, None, 1, g, act, *offsets)
 
 
 class C3DCN(PartialBlock):
-    """PartialBlock around n DCNBottlenecks."""
+    """PartialBlock around n DCNBottlenecks. The arguments after ``e`` are those of :class:`DCN`."""
 
-    def __init__(self, c1, c2, n=1, shortcut=True, g=1, e=0.5, *, act: bool | nn.Module = True) -> None:
+    def __init__(
+        self,
+        c1,
+        c2,
+        n=1,
+        shortcut=True,
+        g=1,
+        e=0.5,
+        offset_groups: int = 1,
+        separable: bool = False,
+        bound: float = 0.0,
+        *,
+        act: bool | nn.Module = True,
+    ) -> None:
+        offsets = offset_groups, separable, bound
+
         def inner(h: int) -> nn.Module:
-            return nn.Sequential(*(DCNBottleneck(h, h, shortcut, g, 1.0, act=act) for _ in range(n)))
+            return nn.Sequential(*(DCNBottleneck(h, h, shortcut, g, 1.0, *offsets, act=act) for _ in range(n)))
 
         super().__init__(c1, c2, e, act, inner)

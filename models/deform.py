@@ -5,14 +5,15 @@ convolution's: both factors are powers of two, every product is the same float a
 what the deformable operator gives for the convolution's own weight with mask 1. The norm and the activation stay.
 
 What was converted is written into the model's description (``model.yaml["dcn"]``, a list of paths), so that a
-checkpoint rebuilds its model by itself.
+checkpoint rebuilds its model by itself. ``dcn_options`` there (models.spec.DCN_OPTIONS) says what kind of DCN they are.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,7 +21,10 @@ from torch import nn
 from models.common import DCN, Conv, DCNConv
 from utils.errors import ConfigError
 
-FORMS = "a layer number, c3:N (the 3x3 convolutions inside layer N), backbone.lastN, or all3x3; several with commas"
+FORMS = (
+    "a layer number, c3:N (the 3x3 convolutions inside layer N), c3:N/K (every K-th of them, the last included), "
+    "backbone.lastN, or all3x3; several with commas"
+)
 """What a request may say."""
 
 
@@ -38,9 +42,11 @@ def make_deformable(model: nn.Module, requests: Sequence[str | int], where: str 
     for path in wanted:
         _check(path, modules[path], where)
     paths = [path for path in modules if path in wanted]
+    options = model.yaml.get("dcn_options") or {}
+    made = {path: _made(modules[path], options, f"{where} {path}") for path in paths}
     for path in paths:
         parent, _, name = path.rpartition(".")
-        setattr(modules[parent], name, _deformable(modules[path]))
+        setattr(modules[parent], name, made[path])
     model.yaml["dcn"] = [*model.yaml.get("dcn", ()), *paths]
     for index in {int(path.split(".")[0]) for path in paths}:
         _describe(model, index)
@@ -51,10 +57,16 @@ def factor_between(name: str, source: Container[str], target: Container[str]) ->
     """By what the entry ``name`` of a state dict changes on its way from one model into another, given the names of
     both: a DCN's weight is twice that of the convolution whose place it takes. 1 for everything else."""
     stem, _, last = name.rpartition(".")
-    branch = f"{stem}.conv_offset_mask.weight"
-    if last != "weight" or (branch in source) == (branch in target):
+    if last != "weight":
         return 1.0
-    return 2.0 if branch in target else 0.5
+    deformable_before, deformable_after = (_has_branch(stem, names) for names in (source, target))
+    if deformable_before == deformable_after:
+        return 1.0
+    return 2.0 if deformable_after else 0.5
+
+
+def _has_branch(stem: str, names: Container[str]) -> bool:
+    return any(f"{stem}.conv_offset_mask.{weight}" in names for weight in ("weight", "pointwise.weight"))
 
 
 def parse_requests(text: str) -> list[str]:
@@ -68,8 +80,8 @@ def _paths(model: nn.Module, request: str, where: str) -> list[str]:
         return _named(where, request, _convs_3x3(model.model), "the model has no 3x3 convolution that is not DCN yet")
     if last := re.fullmatch(r"backbone\.last(\d+)", request):
         return _last_of_backbone(model, int(last[1]), where)
-    if inside := re.fullmatch(r"[cC]3:(\d+)", request):
-        return _inside(model, int(inside[1]), where)
+    if inside := re.fullmatch(r"[cC]3:(\d+)(?:/([1-9]\d*))?", request):
+        return _inside(model, int(inside[1]), where)[:: -int(inside[2] or 1)]
     if re.fullmatch(r"\d+", request):
         return _layer(model, int(request), where)
     if re.fullmatch(r"\d+(\.\w+)+", request):
@@ -143,12 +155,20 @@ def _check(path: str, module: nn.Module, where: str) -> None:
         )
 
 
+def _made(block: Conv, options: Mapping[str, Any], where: str) -> DCNConv:
+    try:
+        return _deformable(block, options)
+    except ValueError as error:  # of options that do not fit the convolution
+        raise ConfigError(f"{where}: dcn_options: {error}") from None
+
+
 @torch.no_grad()
-def _deformable(block: Conv) -> DCNConv:
+def _deformable(block: Conv, options: Mapping[str, Any]) -> DCNConv:
     """A DCNConv with the same output, of the same dtype, device and mode; the norm and activation are the block's."""
     conv = block.conv
     c2, _, *kernel = conv.weight.shape
-    made = DCNConv(conv.in_channels, c2, tuple(kernel), conv.stride, conv.padding, conv.dilation, conv.groups)
+    steps = conv.stride, conv.padding, conv.dilation, conv.groups
+    made = DCNConv(conv.in_channels, c2, tuple(kernel), *steps, **options)
     made.to(conv.weight.device, conv.weight.dtype)
     made.conv.weight.copy_(conv.weight * 2)
     made.requires_grad_(conv.weight.requires_grad)

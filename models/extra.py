@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from models.common import SPP, Bottleneck, Conv, PartialBlock, activation, batch_norm
+from models.common import DCN, SPP, Bottleneck, Conv, PartialBlock, activation, batch_norm
 
 
 class DWConvTranspose2d(nn.ConvTranspose2d):
@@ -141,3 +141,34 @@ class C3SPP(PartialBlock):
 
     def __init__(self, c1, c2, k=(5, 9, 13), n=1, shortcut=True, g=1, e=0.5, *, act: bool | nn.Module = True) -> None:
         super().__init__(c1, c2, e, act, lambda h: SPP(h, h, k, act=act))
+
+
+class GDCNConv(nn.Module):
+    """Grouped deformable sampling, then a 1x1 Conv that mixes, as DCNv3 (arXiv 2211.05778) and DCNv4 do: each ``width``
+    channels sample at places of their own (separable offsets) and are weighed among themselves.
+
+    At ``width`` 16 a 3x3 layer of 128 channels has a quarter of a DCN's weights. It does not start as a plain layer.
+    """
+
+    def __init__(self, c1, c2, k=3, s=1, p=None, d=1, width: int = 16, act: bool | nn.Module = True) -> None:
+        super().__init__()
+        if not isinstance(width, int) or width < 1 or c1 % width:
+            raise ValueError(f"GDCNConv: groups of {width!r} channels do not divide {c1}")
+        groups = c1 // width
+        self.dcn = DCN(c1, c1, k, s, p, d, groups, offset_groups=groups, separable=True)
+        self.pw = Conv(c1, c2, act=act)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pw(self.dcn(x))
+
+
+class C3GDCN(PartialBlock):
+    """PartialBlock around n Bottlenecks whose 3x3 is a GDCNConv with groups of ``width`` channels."""
+
+    def __init__(self, c1, c2, n=1, shortcut=True, e=0.5, width: int = 16, *, act: bool | nn.Module = True) -> None:
+        def bottleneck(h: int) -> nn.Module:
+            block = Bottleneck(h, h, shortcut, 1, 1.0, act=act)
+            block.cv2 = GDCNConv(h, h, 3, width=width, act=act)
+            return block
+
+        super().__init__(c1, c2, e, act, lambda h: nn.Sequential(*(bottleneck(h) for _ in range(n))))

@@ -13,7 +13,18 @@ from torch import nn
 
 from models.activations import activation_from_text
 from models.common import C3, C3DCN, DCN, SPP, SPPF, Bottleneck, Concat, Conv, DCNConv, DWConv, Focus, batch_norm
-from models.extra import C3SPP, BottleneckCSP, C3x, Contract, CrossConv, DWConvTranspose2d, Expand, MixConv2d
+from models.extra import (
+    C3GDCN,
+    C3SPP,
+    BottleneckCSP,
+    C3x,
+    Contract,
+    CrossConv,
+    DWConvTranspose2d,
+    Expand,
+    GDCNConv,
+    MixConv2d,
+)
 from models.ghost import C3Ghost, GhostBottleneck, GhostConv
 from models.head import Detect
 from models.spec import MAX_REPEATS, ModelSpec, Row
@@ -120,6 +131,7 @@ LAYERS: dict[str, Block] = {
     "DWConvTranspose2d": Block(DWConvTranspose2d, scaled),
     "DCN": Block(DCN, scaled),
     "DCNConv": Block(DCNConv, scaled),
+    "GDCNConv": Block(GDCNConv, scaled),
     "Focus": Block(Focus, scaled),
     "CrossConv": Block(CrossConv, scaled),
     "MixConv2d": Block(MixConv2d, scaled),
@@ -136,6 +148,7 @@ LAYERS: dict[str, Block] = {
     "C3TR": Block(C3TR, scaled, takes_repeats=True),
     "C3Ghost": Block(C3Ghost, scaled, takes_repeats=True),
     "C3DCN": Block(C3DCN, scaled, takes_repeats=True),
+    "C3GDCN": Block(C3GDCN, scaled, takes_repeats=True),
     "Concat": Block(Concat, joined),
     "Contract": Block(Contract, contracted),
     "Expand": Block(Expand, expanded),

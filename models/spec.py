@@ -19,8 +19,11 @@ from utils.errors import ConfigError, did_you_mean
 from utils.files import ROOT, YamlFile, find_file, load_yaml
 
 REQUIRED = ("nc", "depth_multiple", "width_multiple", "anchors", "backbone", "head")
-OPTIONAL = ("activation", "ch", "channel_multiple", "csp_activation", "dcn", "inplace")
+OPTIONAL = ("activation", "ch", "channel_multiple", "csp_activation", "dcn", "dcn_options", "inplace")
 MAX_REPEATS = 1000
+DCN_OPTIONS = {"offset_groups": (int,), "separable": (bool,), "bound": (int, float)}
+"""What ``dcn_options`` may say of the layers that are made deformable: arguments of models.common.DCN, which checks
+their values."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,7 @@ class ModelSpec:
     rows: list[Row]
     dcn: list[str | int]
     dcn_where: str
+    dcn_options: dict[str, Any]
 
     @property
     def anchors_per_cell(self) -> int:
@@ -91,6 +95,7 @@ def read_spec(
         rows=[row for part in ("backbone", "head") for row in _rows(part, values[part], text)],
         dcn=_dcn(values.pop("dcn", None), text),
         dcn_where=f"{text('dcn')}: dcn",
+        dcn_options=_dcn_options(values.get("dcn_options"), text),
     )
 
 
@@ -166,6 +171,21 @@ def _dcn(value: Any, where: _Where) -> list[str | int]:
         if not isinstance(item, (str, int)) or isinstance(item, bool):
             raise ConfigError(f"{where('dcn')}: dcn must list layers like 5 or c3:8, got {item!r}")
     return items
+
+
+def _dcn_options(value: Any, where: _Where) -> dict[str, Any]:
+    """A mapping of DCN_OPTIONS, or nothing."""
+    if value is None:
+        return {}
+    place = where("dcn_options")
+    if not isinstance(value, dict):
+        raise ConfigError(f"{place}: dcn_options must be a mapping like {{offset_groups: 4}}, got {value!r}")
+    for key, given in value.items():
+        if key not in DCN_OPTIONS:
+            raise ConfigError(f"{place}: unknown dcn_options key {key!r}{did_you_mean(str(key), DCN_OPTIONS)}")
+        if type(given) not in DCN_OPTIONS[key]:
+            raise ConfigError(f"{place}: dcn_options {key}: {given!r} is no {DCN_OPTIONS[key][0].__name__}")
+    return dict(value)
 
 
 def _activation(values: dict, key: str, where: _Where) -> nn.Module:

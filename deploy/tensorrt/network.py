@@ -7,6 +7,7 @@ DCN layers, of three levels or four.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,9 @@ from torch import Tensor, nn
 
 from deploy.tensorrt.backend import Backend, Map, Steps
 from models.common import C3, C3DCN, DCN, SPP, SPPF, Bottleneck, Concat, Conv, DCNBottleneck, DCNConv, DWConv
+from models.extra import C3GDCN, GDCNConv
 from models.head import Detect
+from models.offsets import BoundedOffsets, SeparableOffsets
 from models.yolo import DetectionModel
 from utils.errors import ExportError
 
@@ -88,6 +91,9 @@ class Layers:
         y = self.add(module.cv2, self.add(module.cv1, x, f"{name}.cv1"), f"{name}.cv2")
         return self.net.add(x, y) if module.add else y
 
+    def grouped_deformable(self, module: GDCNConv, x: Map, name: str) -> Map:
+        return self.add(module.pw, self.add(module.dcn, x, f"{name}.dcn"), f"{name}.pw")
+
     def partial(self, module: C3, x: Map, name: str) -> Map:
         inner = self.add(module.m, self.add(module.cv1, x, f"{name}.cv1"), f"{name}.m")
         joined = self.net.concat([inner, self.add(module.cv2, x, f"{name}.cv2")])
@@ -123,15 +129,29 @@ class Layers:
         return self.net.concat(x)
 
     def dcn(self, module: DCN, x: Map, name: str) -> Map:
-        net, raw = self.net, self.convolution(module.conv_offset_mask, x, name)
+        net, raw = self.net, self.add(module.conv_offset_mask, x, name)
         pairs = raw.shape[0] // 3 * 2
         offset, logits = net.take(raw, range(pairs)), net.take(raw, range(pairs, raw.shape[0]))
+        offset = self.bounded(offset, getattr(module.conv_offset_mask, "bound", math.inf))
         groups = x.shape[0] // module.weight.shape[1]
         steps = Steps(pair(module.stride), pair(module.padding), pair(module.dilation), groups)
         form = net.deform_conv if net.has_deform_conv else self.grid_sampled
         weight, bias = (self.array(tensor, np.float32) for tensor in (module.weight, module.bias))
         y = form(x, offset, net.sigmoid(logits), weight, bias, steps)
         return self.silu(None, y) if module.silu else y
+
+    def separable(self, module: SeparableOffsets, x: Map, name: str) -> Map:
+        return self.convolution(module.pointwise, self.convolution(module.depthwise, x, name), name)
+
+    def bounded(self, offset: Map, bound: float) -> Map:
+        """bound * tanh(offset / bound), where tanh(z) = 2 sigmoid(2z) - 1."""
+        if math.isinf(bound):
+            return offset
+        net = self.net
+        inner, outer, shift = (
+            net.constant(np.full((1, 1, 1, 1), value, offset.dtype)) for value in (2 / bound, 2 * bound, -bound)
+        )
+        return net.add(net.mul(net.sigmoid(net.mul(offset, inner)), outer), shift)
 
     def grid_sampled(
         self, x: Map, offset: Map, mask: Map, weight: np.ndarray, bias: np.ndarray | None, steps: Steps
@@ -202,16 +222,20 @@ KINDS: dict[type[nn.Module], Callable[[Layers, Any, Any, str], Any]] = {
     nn.Identity: Layers.same,
     nn.SiLU: Layers.silu,
     nn.Conv2d: Layers.convolution,
+    BoundedOffsets: Layers.convolution,
+    SeparableOffsets: Layers.separable,
     nn.MaxPool2d: Layers.max_pool,
     nn.Upsample: Layers.upsample,
     Conv: Layers.conv,
     DWConv: Layers.conv,
     DCN: Layers.dcn,
     DCNConv: Layers.conv,
+    GDCNConv: Layers.grouped_deformable,
     Bottleneck: Layers.bottleneck,
     DCNBottleneck: Layers.bottleneck,
     C3: Layers.partial,
     C3DCN: Layers.partial,
+    C3GDCN: Layers.partial,
     SPP: Layers.spp,
     SPPF: Layers.sppf,
     Concat: Layers.concat,

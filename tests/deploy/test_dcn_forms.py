@@ -15,8 +15,8 @@ from models.surgery import fuse
 
 def wild(layer: DCN) -> DCN:
     """Offsets of a few pixels, many of them beyond the border."""
-    nn.init.normal_(layer.conv_offset_mask.weight, std=0.3)
-    nn.init.normal_(layer.conv_offset_mask.bias, std=2)
+    for name, values in layer.conv_offset_mask.named_parameters():
+        nn.init.normal_(values, std=2 if name.endswith("bias") else 0.3)
     nn.init.normal_(layer.bias)
     return layer
 
@@ -28,6 +28,9 @@ LAYERS = {
     "3x5, stride and padding by axis": (4, 6, (3, 5), (2, 1), (0, 3)),
     "dilation, groups": (8, 12, 3, 1, 2, 2, 2),
     "groups and offset groups": (8, 12, 3, 2, None, 1, 2, 4),
+    "separable": (8, 12, 3, 2, None, 1, 1, 2, True),
+    "bounded": (8, 12, 3, 1, None, 1, 1, 1, False, 1.5),
+    "separable and bounded": (4, 6, 5, 1, 1, 1, 1, 1, True, 1.5),
 }
 
 

@@ -18,6 +18,7 @@ from deploy.tensorrt.sizes import layers_of
 from deploy.tensorrt.trt_backend import EngineOptions, TensorRtNetwork, load_tensorrt
 from deploy.to_wts import wts_tensors
 from models.common import C3, DCN, Conv, DCNConv
+from models.extra import GDCNConv
 from models.surgery import fuse
 from models.yolo import DetectionModel
 from tests.deploy.trt_interpreter import needs_wheel, run_network
@@ -40,8 +41,9 @@ def lively(model: nn.Module) -> nn.Module:
             module.weight.uniform_(0.7, 1.3)
             module.bias.uniform_(-0.2, 0.2)
         elif name.endswith("conv_offset_mask"):
-            module.weight.normal_(0, 2 / module.weight[0].numel() ** 0.5)
-            module.bias.normal_(0, 1)
+            last = getattr(module, "pointwise", module)
+            last.weight.normal_(0, 2 / last.weight[0].numel() ** 0.5)
+            last.bias.normal_(0, 1)
     return model.eval()
 
 
@@ -153,11 +155,14 @@ def test_half_precision_as_tensorrt_holds_it(weights: Path) -> None:
     [
         DCN(8, 12, (3, 2), 2, (1, 0), (2, 1), 2, offset_groups=4),
         DCN(8, 12, 1),
+        DCN(8, 12, 3, 2, separable=True, offset_groups=2),
+        DCN(8, 12, bound=2.0),
         DCNConv(8, 16, 5, 1, act=False),
+        GDCNConv(8, 12, 3, 2, width=4, act=False),
         Conv(8, 16, 3, 2, g=4, act=False),
         C3(8, 8, 2, shortcut=False),
     ],
-    ids=["asymmetric", "1x1", "DCNConv", "groups", "C3"],
+    ids=["asymmetric", "1x1", "separable", "bounded", "DCNConv", "grouped", "groups", "C3"],
 )
 @pytest.mark.parametrize("form", [*FORMS, "tensorrt"])
 def test_single_layers(module: nn.Module, form: str) -> None:

@@ -15,6 +15,7 @@ import torch
 import export
 import gen_wts
 from deploy.to_wts import unknown_to_readers, wts_tensors
+from models.deform import make_deformable
 from models.loading import load_model
 from models.yolo import DetectionModel
 from utils.checkpoint import save_checkpoint
@@ -154,6 +155,8 @@ def test_what_readers_would_compute_wrongly_is_refused(tiny: Path) -> None:
     with pytest.raises(ExportError, match="eps 1e-05"):
         wts_tensors(model)
     assert unknown_to_readers(model) == ["C3DCN"]
+    make_deformable(model := DetectionModel("yolov5n.yaml"), ["c3:8"])
+    assert unknown_to_readers(model) == ["C3 with DCN inside"]
 
 
 READER = r"""

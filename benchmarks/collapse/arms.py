@@ -22,7 +22,7 @@ class Arm:
     warmup, warmup_bias_lr: its iterations (None: the schedule's own), and the rate of biases at its start. bound: r of
     r*tanh(raw/r), pixels; 0 unbounded. mask_logit: start of the mask's bias. bn_eps: of all BatchNorms. offset_decay:
     factor on the weight decay of offset weights. symmetric: offset gradients by the symmetric difference. blind: all
-    images are black and only the last layer learns, so that the best it can do is a constant. backend: as --dcn-backend.
+    images are black and only the last layer learns, so that a constant is its best. backend: as --dcn-backend.
     """
 
     layers: str = "1,3,5,7"

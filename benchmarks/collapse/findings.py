@@ -79,37 +79,34 @@ def last_measured(values: np.ndarray) -> np.ndarray:
 
 
 def judge(courses: dict[str, list[Course]]) -> dict[str, list[Finding]]:
-    """What became of each arm, seed by seed. Measured between BLIND and CONTROL; where they are absent, between the
-    first losses and the lowest last one."""
-    levels = {name: [_levels(course) for course in found] for name, found in courses.items()}
-    ends = {name: _finite(np.mean, np.array([end for _, end in pairs])) for name, pairs in levels.items()}
-    top = ends.get(BLIND, _finite(np.mean, np.array([first for pairs in levels.values() for first, _ in pairs])))
+    """What became of each arm, seed by seed. Its last fifth is measured between BLIND and CONTROL at the same steps;
+    where they are absent, between the first losses and the lowest there."""
+    return {name: [_judge(course, courses) for course in found] for name, found in courses.items()}
+
+
+def _judge(course: Course, courses: dict[str, list[Course]]) -> Finding:
+    columns, last_step = course.columns, course.steps[-1]
+    window = (0.8 * last_step, last_step)
+    last, first = _level(course, window), float(columns["loss"][0])
+    ends = {name: _finite(np.mean, np.array([_level(c, window) for c in found])) for name, found in courses.items()}
+    top = ends.get(BLIND, first)
     goal = ends.get(CONTROL, _finite(np.min, np.array(list(ends.values()))))
-    return {
-        name: [_judge(course, top, goal, *pair) for course, pair in zip(found, levels[name])]
-        for name, found in courses.items()
-    }
-
-
-def _levels(course: Course) -> tuple[float, float]:
-    """Loss in the first logged step and in the last fifth of them."""
-    loss = course.columns["loss"]
-    return float(loss[0]), _finite(np.mean, loss[-max(len(loss) // 5, 1) :])
-
-
-def _judge(course: Course, top: float, goal: float, first: float, last: float) -> Finding:
     learned = (top - last) / (top - goal) if top - goal > PROGRESS * top else math.nan
-    columns = course.columns
     broken = ~np.isfinite(columns["loss"]) | ~np.isfinite(columns["grad_norm"])
     silent = columns["stem_grad"] == 0
     lost = (course.escaped() >= LOST).any(0) if course.meta["layers"] else np.zeros(len(course.steps), bool)
-    tail = slice(-max(len(broken) // 5, 1), None)
-    if broken[tail].mean() >= 0.5:
+    if broken[course.steps >= window[0]].mean() >= 0.5:
         return Finding(course, DIVERGED, _since(course, broken), first, last, learned)
     if silent[-1] or _lost_now(course):
         return Finding(course, ESCAPED, _since(course, silent | lost), first, last, learned)
     state = UNCLEAR if math.isnan(learned) else TRAINS if learned >= LEARNED else STALLED
     return Finding(course, state, math.nan, first, last, learned)
+
+
+def _level(course: Course, window: tuple[float, float]) -> float:
+    """Mean loss of the logged steps in a window."""
+    inside = (course.steps >= window[0]) & (course.steps <= window[1])
+    return _finite(np.mean, course.columns["loss"][inside])
 
 
 def _lost_now(course: Course) -> bool:

@@ -225,11 +225,14 @@ def build_learner(
     dtype = amp_dtype(cfg.amp, device)
     gains = hyp.scaled(model.detect.nl, model.nc, frame.imgsz)
     criterion = DetectionLoss(model.detect.anchors, model.stride, model.nc, gains).to(device)
-    decay = scaled_weight_decay(hyp.weight_decay, frame.batch)
+    decay = scaled_weight_decay(hyp.weight_decay, frame.batch, hyp.nominal_batch)
     optimizer = build_optimizer(model, cfg.optimizer, hyp.lr0, hyp.momentum, decay, cfg.dcn_offset_lr)
     LOGGER.info(f"optimizer: {describe(optimizer)}")
     share_weights(model, world)
-    ema, graphs = ModelEMA(model), uses_graphs(cfg, device, world)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = hyp.bn_momentum
+    ema, graphs = ModelEMA(model, tau=hyp.ema_tau), uses_graphs(cfg, device, world)
     if cfg.sync_bn and world.size > 1 and device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     compiled = CompiledStep(model, criterion) if cfg.compile else None

@@ -29,14 +29,14 @@ _NORMS = (
 _OFFSET_BRANCH = "conv_offset_mask"
 
 
-def accumulation(batch_size: int) -> int:
-    """Batches per optimizer step after warm-up."""
-    return max(round(NOMINAL_BATCH / batch_size), 1)
+def accumulation(batch_size: int, nominal: float = NOMINAL_BATCH) -> int:
+    """Batches per optimizer step after warm-up, for steps that should see ``nominal`` images."""
+    return max(round(nominal / batch_size), 1)
 
 
-def scaled_weight_decay(weight_decay: float, batch_size: int) -> float:
-    """Weight decay for steps that see ``batch_size`` x accumulation images rather than the nominal 64."""
-    return weight_decay * batch_size * accumulation(batch_size) / NOMINAL_BATCH
+def scaled_weight_decay(weight_decay: float, batch_size: int, nominal: float = NOMINAL_BATCH) -> float:
+    """Weight decay for steps that see ``batch_size`` x accumulation images rather than 64, for which it is given."""
+    return weight_decay * batch_size * accumulation(batch_size, nominal) / NOMINAL_BATCH
 
 
 def parameter_roles(model: nn.Module) -> dict[str, list[nn.Parameter]]:

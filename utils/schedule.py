@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from utils.optim import NOMINAL_BATCH, accumulation
+from utils.optim import accumulation
 
 if TYPE_CHECKING:
     from utils.config import Hyp
 
-MIN_WARMUP = 100  # iterations
 ROLES = ("bias", "weight", "norm", "dcn_offset_weight", "dcn_offset_bias")
 
 
@@ -34,9 +33,9 @@ class StepSettings:
 class Schedule:
     """YOLOv5's schedule for a whole training.
 
-    hyp: reads lr0, lrf, momentum, warmup_epochs, warmup_momentum, warmup_bias_lr. batches_per_epoch: iterations of
-    one epoch on one rank. batch_size: images per iteration over all ranks. cosine: ``--cos-lr``.
-    The warm-up lasts warmup_epochs, and at least 100 iterations.
+    hyp: reads lr0, lrf, momentum, nominal_batch and the keys of warm-up. batches_per_epoch: iterations of one epoch on
+    one rank. batch_size: images per iteration over all ranks. cosine: ``--cos-lr``.
+    The warm-up lasts warmup_epochs, and at least warmup_iterations.
     """
 
     def __init__(self, hyp: Hyp, epochs: int, batches_per_epoch: int, batch_size: int, cosine: bool = False) -> None:
@@ -45,7 +44,7 @@ class Schedule:
         self.hyp, self.epochs, self.batches, self.batch_size = hyp, epochs, batches_per_epoch, batch_size
         self.cosine = cosine
         self.scale = 1.0  # of every rate; below 1 after a rollback
-        self.warmup = max(round(hyp.warmup_epochs * batches_per_epoch), MIN_WARMUP)
+        self.warmup = max(round(hyp.warmup_epochs * batches_per_epoch), round(hyp.warmup_iterations))
 
     def factor(self, epoch: float) -> float:
         """Share of lr0 at ``epoch``: from 1 to lrf over the training, on a line or a half cosine."""
@@ -94,8 +93,9 @@ class Schedule:
 
     def _accumulate(self, iteration: int) -> int:
         if iteration > self.warmup:
-            return accumulation(self.batch_size)
-        return max(1, round(float(np.interp(iteration, (0, self.warmup), (1, NOMINAL_BATCH / self.batch_size)))))
+            return accumulation(self.batch_size, self.hyp.nominal_batch)
+        wanted = float(np.interp(iteration, (0, self.warmup), (1, self.hyp.nominal_batch / self.batch_size)))
+        return max(1, round(wanted))
 
     @cached_property
     def _warmup_steps(self) -> list[int]:
@@ -112,4 +112,4 @@ class Schedule:
         if iteration <= self.warmup:
             place = bisect_left(steps, iteration)
             return place < len(steps) and steps[place] == iteration
-        return (iteration - steps[-1]) % accumulation(self.batch_size) == 0
+        return (iteration - steps[-1]) % accumulation(self.batch_size, self.hyp.nominal_batch) == 0

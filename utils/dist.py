@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -50,9 +52,37 @@ def init_distributed(cuda: bool) -> World:
                 f"{torch.cuda.device_count()} CUDA devices"
             )
         torch.cuda.set_device(world.local_rank)
-    if not dist.is_initialized():  # the caller's group serves as well; leaving and joining again meets stale addresses
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=TIMEOUT)
+    if not dist.is_initialized():  # the caller's group serves as well
+        store = _store_of_this_start(world)
+        backend = "nccl" if cuda else "gloo"
+        dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=TIMEOUT)
     return world
+
+
+def _store_of_this_start(world: World, store: dist.Store | None = None) -> dist.Store:
+    """Where ranks find each other's addresses, without those that an earlier start has left.
+
+    torchrun keeps one store for all its restarts, and a process that reads the address of one that is dead cannot
+    connect, or waits without end. So rank 0 makes up a name under which this start keeps its keys. The others ask for
+    it under names of their own, which nobody has used before; rank 0 answers whoever asks until each has thanked.
+    """
+    if store is None:
+        store = next(dist.rendezvous("env://", rank=world.rank, world_size=world.size, timeout=TIMEOUT))[0]
+    if not world.main:
+        asking = uuid.uuid4().hex
+        store.set(f"asks/{world.rank}", asking)
+        name = store.get(f"answer/{asking}").decode()
+        store.set(f"thanks/{asking}/{name}", "")
+        return dist.PrefixStore(name, store)
+    name, waiting = uuid.uuid4().hex, set(range(1, world.size))
+    while waiting:
+        for rank in sorted(waiting):
+            asking = store.get(f"asks/{rank}").decode()  # perhaps of an earlier start: then nobody thanks
+            store.set(f"answer/{asking}", name)
+            if store.check([f"thanks/{asking}/{name}"]):
+                waiting.discard(rank)
+        time.sleep(0.01)
+    return dist.PrefixStore(name, store)
 
 
 def meet(world: World) -> None:

@@ -18,8 +18,8 @@ STEP = (
     "step", "loss", "box", "obj", "cls", "grad_norm", "clip_factor", "offset_norm", "offset_share", "stem_grad",
     "scale", "skipped", "lr", "lr_bias", "lr_offset_weight", "lr_offset_bias",
 )  # fmt: skip
-"""Columns of a whole step. Norms are of gradients, unscaled and not yet clipped; offset_share is offset_norm /
-grad_norm; skipped counts the optimizer steps left out so far."""
+"""Columns of a whole step. Losses are means since the logged step before. Norms are of gradients, unscaled and not yet
+clipped; offset_share is offset_norm / grad_norm; skipped counts the optimizer steps left out so far."""
 LAYER = (
     "std", "max", "grad_weight", "grad_offset_weight", "grad_offset_bias", "off_mean", "off_max", "dy", "dx",
     "positive", "shift", "dead", "mask", "before_norm",

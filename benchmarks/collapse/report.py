@@ -17,7 +17,16 @@ HEADER = (
     "samples left, peak", "samples left, end", "mean offset, peak px", "largest offset px", "loss scale, least",
     "skipped", "stem gradient, end", "std before norm", "steps", "s/step",
 )  # fmt: skip
-BEFORE_AFTER = ("plain+clip+blind", "plain", "plain+clip", "article", "article+clip", "default", "default+converted")
+BEFORE_AFTER = (
+    "plain+clip+blind",
+    "plain",
+    "plain+clip",
+    "article",
+    "article+clip",
+    "article+clip+offset-lr-0.1",
+    "default",
+    "default+converted",
+)
 DEPTH = (
     "article+three", "article", "default", "default+converted", "default+converted+six", "default+converted+all3x3"
 )  # fmt: skip

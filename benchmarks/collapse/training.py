@@ -154,6 +154,7 @@ def run_arm(arm: Arm, material: Material, plan: Plan, report: Callable[[int, lis
     result = Outcome(dtype=str(trial.dtype or torch.float32).removeprefix("torch."))
     sparse = math.ceil(max(len(probe.modules), 1) / MANY_LAYERS)  # layers are measured in each sparse-th logged step
     due, logged, still = 0, 0, 0
+    losses = torch.zeros(4, device=plan.device)  # box, obj, cls and iterations since the last logged step
     start, first = time.perf_counter(), 5
     for iteration in range(plan.steps):
         if iteration == first:
@@ -168,6 +169,7 @@ def run_arm(arm: Arm, material: Material, plan: Plan, report: Callable[[int, lis
         if looks:
             probe.arm()
         parts = trial.backward(*material.batch(iteration))
+        losses += torch.cat((parts.items.float(), losses.new_ones(1)))
         if not settings.optimizer_step:
             continue
         seen: list[Tensor] = []
@@ -176,7 +178,8 @@ def run_arm(arm: Arm, material: Material, plan: Plan, report: Callable[[int, lis
             probe.disarm()
         if logs:
             due, logged = (iteration // plan.every + 1) * plan.every, logged + 1
-            row = _row(trial, iteration, parts, norms, seen[0] if seen else None, len(probe.modules))
+            row = _row(trial, iteration, losses, norms, seen[0] if seen else None, len(probe.modules))
+            losses.zero_()
             result.rows.append(row)
             report(iteration, row)
             still = still + 1 if _is_over(row) else 0
@@ -189,10 +192,8 @@ def run_arm(arm: Arm, material: Material, plan: Plan, report: Callable[[int, lis
     return result
 
 
-def _row(
-    trial: Trial, iteration: int, parts: LossParts, norms: Tensor, seen: Tensor | None, layers: int
-) -> list[float]:
-    items = parts.items.float()
+def _row(trial: Trial, iteration: int, losses: Tensor, norms: Tensor, seen: Tensor | None, layers: int) -> list[float]:
+    items = losses[:3] / losses[3]
     values = [items.sum()[None], items, norms, trial.skipped[None]]
     if seen is not None and layers:
         values.append(seen)

@@ -13,6 +13,7 @@ into decoding. Rates, warm-up, accumulation and decay are train.py's (the first 
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import re
 import subprocess
@@ -127,6 +128,7 @@ def run_arms(arms: dict[str, Arm], args: argparse.Namespace, started: float) -> 
             continue
         if not _claimed(args.claims, name):
             continue
+        gc.collect()  # the model before this one
         result = training.run_arm(arm, batches, plan, lambda step, row: None)
         meta = {
             "arm": name, "cfg": plan.cfg, "seed": args.seed, "imgsz": args.img, "batch": args.batch,

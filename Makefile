@@ -5,7 +5,7 @@ PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 RUN    := $(VENV)/.installed-for-running
 
-.PHONY: setup demo demo-compare test test-deploy test-gpu lint format bench fuzz faults clean
+.PHONY: setup demo demo-compare test test-deploy test-slow test-gpu lint format bench fuzz faults clean
 
 setup: $(STAMP)
 
@@ -25,6 +25,10 @@ test: setup lint
 
 test-deploy: setup
 	$(PY) -m pytest -m deploy
+
+# trainings in several processes that are lost and replaced: about two minutes on two idle cores
+test-slow: setup
+	$(PY) -m pytest -m processes
 
 test-gpu: setup
 	$(PY) -m pytest -m gpu

@@ -101,18 +101,23 @@ def torchrun_job() -> dict[str, str]:
 def run_to_take_up(project: str) -> str:
     """The run of this torchrun job that an elastic restart should go on with: its folder below ``project``, or ''.
 
-    A run is this job's when the same agent process started it, or (on another machine, after a restart) a job of the
-    same --rdzv-id.
+    A run is this job's when the same agent process started it, or a job of the same --rdzv-id did and either this is a
+    restart or there are several machines, of which this one may have come in for one that was lost, and the run is not
+    finished. All processes of a start so find the same.
     """
     job = torchrun_job()
     if not job:
         return ""
-    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and job["run_id"] not in ("", "none")
+    named = job["run_id"] not in ("", "none")
+    restarted = named and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    several = named and os.environ.get("GROUP_WORLD_SIZE", "1") != "1"
     found = []
     for options in Path(project).glob("*/opt.yaml"):
-        theirs = load_yaml(options).get("torchrun")
+        run = load_yaml(options)
+        theirs = run.get("torchrun")
         if isinstance(theirs, dict) and (
-            theirs.get("agent") == job["agent"] or (restarted and theirs.get("run_id") == job["run_id"])
+            theirs.get("agent") == job["agent"]
+            or (theirs.get("run_id") == job["run_id"] and (restarted or (several and run.get("finished") is not True)))
         ):
             found.append(options)
     return str(max(found, key=lambda path: path.stat().st_mtime).parent) if found else ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch import nn
 from engine.compiling import check_compiler
 from engine.diagnosis import TrainingDiverged
 from engine.epoch import EpochResult, MultiScale, PartialEpoch, log_header, train_one_epoch
-from engine.eval_outputs import BatchPictures, save_curves
+from engine.eval_outputs import BatchPictures, FirstBatches, save_curves
 from engine.evaluator import evaluate
 from engine.parts import (
     build_datasets,
@@ -46,16 +47,15 @@ from models.summary import summarize
 from models.surgery import fuse, set_dcn_backend
 from utils.config import DataConfig, Hyp, TrainConfig
 from utils.console import LOGGER, plural, setup_console
-from utils.curves import plot_labels, plot_results
 from utils.dcn_watch import DcnWatch
 from utils.device import describe_device, seed_everything, select_device
-from utils.dist import World, broadcast, close_distributed, init_distributed, meet, share_weights
+from utils.dist import World, broadcast, close_distributed, gather, init_distributed, meet, share_weights
 from utils.early_stopping import EarlyStopping
 from utils.errors import ConfigError
 from utils.loggers import COLUMNS, RunLogger, read_results
 from utils.metrics import TABLE_HEADER, Metrics
+from utils.painter import Painters
 from utils.peer_watch import PeerWatch
-from utils.plots import plot_batch
 from utils.signals import NotedTermination, termination_noted
 
 
@@ -111,6 +111,7 @@ def _train(
     if cfg.resume:
         restore(cfg.resume, learner, progress)
         _check_unfinished(cfg, progress)
+    _check_same_start(progress, world)
 
     run_dir = Path(broadcast(str(open_run_dir(cfg, hyp, world)), world))
     run = Run(cfg, hyp, data, run_dir, learner, loader, val_loader, progress, world, watch)
@@ -130,17 +131,24 @@ def fit(run: Run, multi_scale: MultiScale | None = None) -> None:
     """All epochs: learn, validate, log, save; stop early when it no longer pays; then validate best.pt in full."""
     cfg, world, progress = run.cfg, run.world, run.progress
     logger = RunLogger(run.dir, progress.start_epoch) if world.main else None
-    if world.main and not cfg.noplots:
-        _first_pictures(run, logger)
-    if cfg.on_nan == "rollback" and not cfg.resume:  # a state to go back to before the first epoch is over
-        save_last(run.last, run.learner, describe_run(run.model, cfg, run.hyp), progress, -1, {})
-    meet(world)  # rank 0 has drawn its pictures: from here on nobody waits for anything but steps
-    start, first = time.perf_counter(), progress.start_epoch
-    with termination_noted(enabled=world.size == 1) as termination:  # ranks would not stop at the same step
-        last = _all_epochs(run, logger, multi_scale, termination)
-    hours = (time.perf_counter() - start) / 3600
-    LOGGER.info(f"\n{last - first + 1} epochs completed in {hours:.3f} hours.")
-    _final_validation(run)
+    with Painters() if world.main and not cfg.noplots else nullcontext() as painters:
+        try:
+            pictures = _first_pictures(run, logger, painters) if painters else None
+            if cfg.on_nan == "rollback" and not cfg.resume:  # a state to go back to before the first epoch is over
+                save_last(run.last, run.learner, describe_run(run.model, cfg, run.hyp), progress, -1, {})
+            meet(world)  # from here on nobody waits for anything but steps
+            start, first = time.perf_counter(), progress.start_epoch
+            with termination_noted(enabled=world.size == 1) as termination:  # ranks would not stop at the same step
+                last = _all_epochs(run, logger, multi_scale, termination)
+            hours = (time.perf_counter() - start) / 3600
+            LOGGER.info(f"\n{last - first + 1} epochs completed in {hours:.3f} hours.")
+        finally:
+            run.background.wait()
+        if painters:
+            painters.draw("plot_results", read_results(run.dir / "results.csv"), run.dir / "results.png")
+        _final_validation(run, painters)
+        if pictures:
+            pictures.close()
     if world.main:
         _finish(run, logger)
 
@@ -276,17 +284,24 @@ def _check_unfinished(cfg: TrainConfig, progress: Progress) -> None:
     LOGGER.info(f"Resuming {cfg.resume} at epoch {progress.start_epoch} of {cfg.epochs}{step}")
 
 
-def _first_pictures(run: Run, logger: RunLogger) -> None:
-    """labels.jpg and, for a new run, the first three training batches."""
-    dataset = run.loader.dataset
-    plot_labels(dataset.labels, run.data.names, run.dir / "labels.jpg")
-    if run.progress.start_epoch:
-        return
-    run.loader.set_epoch(0)
-    for index, batch in zip(range(3), run.loader):
-        file = run.dir / f"train_batch{index}.jpg"
-        picture = plot_batch(batch.images, batch.targets, batch.paths, run.data.names, file)
-        logger.image(file.stem, file, picture.shape[:2])
+def _check_same_start(progress: Progress, world: World) -> None:
+    """Ranks that resume where others begin would train another model."""
+    starts = gather(progress.start_epoch, world)
+    if len(set(starts)) > 1:
+        other = next(rank for rank, start in enumerate(starts) if start != starts[0])
+        raise ConfigError(
+            f"rank 0 begins at epoch {starts[0]} and rank {other} at {starts[other]}: their machines do not see the "
+            f"same run folder; put --project on a file system that all of them share"
+        )
+
+
+def _first_pictures(run: Run, logger: RunLogger, painters: Painters) -> FirstBatches | None:
+    """labels.jpg and, for a new run, the first three training batches as they come by."""
+    painters.draw("plot_labels", run.loader.dataset.labels, run.data.names, run.dir / "labels.jpg")
+    if run.progress.start_epoch or run.progress.partial:
+        return None
+    run.loader.on_batch = FirstBatches(run.dir, run.data.names, logger)
+    return run.loader.on_batch
 
 
 def _log_epoch(
@@ -302,18 +317,24 @@ def _log_epoch(
         LOGGER.warning(line)
 
 
-def _final_validation(run: Run) -> None:
-    """Validate best.pt as val.py would, on all ranks, and draw its curves."""
+def _final_validation(run: Run, painters: Painters | None) -> None:
+    """Validate best.pt as val.py would, on all ranks, and have its curves drawn."""
     if not broadcast(run.best.is_file(), run.world):
         return
     LOGGER.info(f"\nValidating {run.best}...\n{TABLE_HEADER}")
-    draws = run.world.main and not run.cfg.noplots
-    observers = [BatchPictures(run.dir, run.data.names)] if draws else []
+    observers = [BatchPictures(run.dir, run.data.names)] if painters else []
     metrics = _evaluate(run, _best_model(run), observers=observers, show_progress=False)
     if metrics is not None:
         LOGGER.info(metrics.table(run.data.names))
-        if draws:
-            save_curves(metrics, run.data.names, run.dir)
+        if painters:
+            save_curves(metrics, run.data.names, run.dir, painters.draw)
+
+
+def _finish(run: Run, logger: RunLogger) -> None:
+    """All is written: say so to --resume and to the user."""
+    logger.close()
+    mark_finished(run)
+    LOGGER.info(f"Results saved to {run.dir}")
 
 
 def _best_model(run: Run) -> nn.Module:
@@ -326,12 +347,3 @@ def _best_model(run: Run) -> nn.Module:
         model = fuse(model).to(memory_format=torch.channels_last)
     set_dcn_backend(model, run.cfg.dcn_backend)
     return model
-
-
-def _finish(run: Run, logger: RunLogger) -> None:
-    """Draw the last pictures, say where everything is."""
-    if not run.cfg.noplots:
-        plot_results(read_results(run.dir / "results.csv"), run.dir / "results.png")
-    logger.close()
-    mark_finished(run)
-    LOGGER.info(f"Results saved to {run.dir}")

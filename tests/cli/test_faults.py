@@ -338,4 +338,11 @@ def test_which_run_a_torchrun_restart_takes_up(tmp_path: Path, monkeypatch) -> N
     assert run_to_take_up(str(tmp_path)) == ""  # a first start: a job of an earlier day may have had this id
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert run_to_take_up(str(tmp_path)) == str(tmp_path / "other")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")  # this machine may stand in for one that was lost
+    assert run_to_take_up(str(tmp_path)) == str(tmp_path / "other")
+    (tmp_path / "done").mkdir()
+    job = {"run_id": "job7", "agent": "elsewhere 3 4"}
+    (tmp_path / "done" / "opt.yaml").write_text(dump_yaml({"epochs": 1, "finished": True, "torchrun": job}))
+    assert run_to_take_up(str(tmp_path)) == str(tmp_path / "other")
     assert load_yaml(tmp_path / "other" / "opt.yaml")["torchrun"]["run_id"] == "job7"

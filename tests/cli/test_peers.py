@@ -62,6 +62,7 @@ def test_out_of_memory_in_one_rank_is_told_by_both(two_ranks) -> None:
     assert last_line(text).endswith("go on with --resume")
 
 
+@pytest.mark.processes
 def test_a_loader_that_dies_in_one_rank_is_told_by_both(two_ranks) -> None:
     (status, text), (status1, text1) = two_ranks("kill-a-worker:3", "--workers", "1")
     assert (status, status1) == (2, 2)
@@ -71,8 +72,10 @@ def test_a_loader_that_dies_in_one_rank_is_told_by_both(two_ranks) -> None:
 
 @pytest.mark.parametrize(
     ("fault", "line"),
-    [("stop", "has given no sign of life for"), ("stall", "(is in a step) has stood still for")],
-    ids=["stopped", "stands still"],
+    [
+        pytest.param("stop", "has given no sign of life for", id="stopped", marks=pytest.mark.processes),
+        pytest.param("stall", "(is in a step) has stood still for", id="stands still"),
+    ],
 )
 def test_a_rank_that_hangs_is_given_up(two_ranks, tmp_path: Path, fault: str, line: str) -> None:
     start = time.monotonic()

@@ -18,7 +18,7 @@ def heading(device: str) -> str:
 
     versions = f"Python {platform.python_version()}, torch {torch.__version__}, torchvision {torchvision.__version__}"
     versions += f", numpy {numpy.__version__}, OpenCV {cv2.__version__}"
-    module = sys.argv[0].rsplit("/", 1)[-1].removesuffix(".py")
+    module = sys.argv[0].removesuffix("/__main__.py").rsplit("/", 1)[-1].removesuffix(".py")
     command = shlex.join(["python", "-m", f"benchmarks.{module}", *sys.argv[1:]])
     return f"`{command}`, {date.today().isoformat()}, {device}\n{versions}\n"
 

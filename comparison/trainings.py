@@ -39,8 +39,8 @@ class Settings:
     workers: int = 8
 
 
-class _Job:
-    """One train.py at work."""
+class Job:
+    """One train.py at work. ``slot``: a number that no other running one of these has."""
 
     def __init__(self, run: Run, folder: Folder, command: Sequence[str], threads: int | None, slot: int) -> None:
         self.run, self.slot = run, slot
@@ -83,17 +83,17 @@ def train_all(plan: Plan, folder: Folder, settings: Settings) -> dict[Run, str]:
     done = len(plan.runs) - len(pending)
     if done:
         LOGGER.info(f"{plural(done, 'training')} of {len(plan.runs)} finished already")
-    jobs: list[_Job] = []
+    jobs: list[Job] = []
     failed: dict[Run, str] = {}
     told = time.monotonic()
     try:
         while pending or jobs:
             while pending and len(jobs) < settings.jobs:
-                jobs.append(_start(pending.popleft(), plan, folder, settings, jobs))
+                jobs.append(start(pending.popleft(), plan, folder, settings, jobs))
             time.sleep(POLL)
             for job in [job for job in jobs if job.poll() is not None]:
                 jobs.remove(job)
-                _ended(job, folder, failed)
+                ended(job, folder, failed)
             if time.monotonic() - told > TELL_EVERY:
                 told = time.monotonic()
                 _tell(plan, folder, jobs, len(pending))
@@ -105,7 +105,8 @@ def train_all(plan: Plan, folder: Folder, settings: Settings) -> dict[Run, str]:
     return failed
 
 
-def _start(run: Run, plan: Plan, folder: Folder, settings: Settings, jobs: Sequence[_Job]) -> _Job:
+def start(run: Run, plan: Plan, folder: Folder, settings: Settings, jobs: Sequence[Job]) -> Job:
+    """Begin a training of ``plan``, or go on with it, beside those of ``jobs``."""
     slot = min(set(range(settings.jobs)) - {job.slot for job in jobs})
     device = settings.devices[slot % len(settings.devices)]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -113,7 +114,7 @@ def _start(run: Run, plan: Plan, folder: Folder, settings: Settings, jobs: Seque
     command = [sys.executable, str(ROOT / "train.py"), *flags_for(run, plan, folder, settings, device)]
     resumed = "going on" if "--resume" in command else "training"
     LOGGER.info(f"{run}: {resumed} (log: {folder.log(run)})")
-    return _Job(run, folder, command, threads, slot)
+    return Job(run, folder, command, threads, slot)
 
 
 def flags_for(run: Run, plan: Plan, folder: Folder, settings: Settings, device: str) -> list[str]:
@@ -121,13 +122,18 @@ def flags_for(run: Run, plan: Plan, folder: Folder, settings: Settings, device: 
     how = ["--workers", str(settings.workers), f"--device={device}"]
     if (folder.run_dir(run) / "opt.yaml").is_file():
         return ["--resume", str(folder.run_dir(run)), *how]
+    place = ["--project", str(folder.run_dir(run).parent), "--name", run.name, "--exist-ok", "--noplots"]
+    return [*budget_flags(run, plan), *place, *how, *plan.extra]
+
+
+def budget_flags(run: Run, plan: Plan) -> list[str]:
+    """Those of train.py's flags, plan.extra aside, that a result depends on."""
     flags = ["--data", plan.data, "--cfg", run.cfg, f"--weights={plan.weights}", "--seed", str(run.seed)]
-    flags += ["--epochs", str(plan.epochs), "--batch-size", str(plan.batch_size), "--imgsz", str(plan.imgsz)]
-    flags += ["--project", str(folder.run_dir(run).parent), "--name", run.name, "--exist-ok", "--noplots"]
-    return [*flags, *how, *plan.extra]
+    return [*flags, "--epochs", str(plan.epochs), "--batch-size", str(plan.batch_size), "--imgsz", str(plan.imgsz)]
 
 
-def _ended(job: _Job, folder: Folder, failed: dict[Run, str]) -> None:
+def ended(job: Job, folder: Folder, failed: dict[Run, str]) -> None:
+    """Tell how a training ended; one that is not finished goes into ``failed``."""
     status = job.process.returncode
     if status == 0 and folder.is_finished(job.run):
         LOGGER.info(f"{job.run}: finished after {read_seconds(folder.seconds(job.run)):.0f} s")
@@ -137,12 +143,12 @@ def _ended(job: _Job, folder: Folder, failed: dict[Run, str]) -> None:
     LOGGER.warning(failed[job.run])
 
 
-def _tell(plan: Plan, folder: Folder, jobs: Sequence[_Job], waiting: int) -> None:
+def _tell(plan: Plan, folder: Folder, jobs: Sequence[Job], waiting: int) -> None:
     now = ", ".join(f"{job.run}: {epochs_done(folder.run_dir(job.run))}/{plan.epochs} epochs" for job in jobs)
     LOGGER.info(now + (f"; {plural(waiting, 'training')} waiting" if waiting else ""))
 
 
-def end_all(jobs: Sequence[_Job]) -> None:
+def end_all(jobs: Sequence[Job]) -> None:
     """Ask trainings to save and end; end those that do not within GRACE seconds. A second Ctrl-C ends them at once."""
     for job in jobs:
         if job.poll() is None:

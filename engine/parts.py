@@ -232,7 +232,7 @@ def build_learner(
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = hyp.bn_momentum
-    ema, graphs = ModelEMA(model, tau=hyp.ema_tau), uses_graphs(cfg, device, world)
+    ema, graphs = ModelEMA(model, hyp.ema_decay, hyp.ema_tau), uses_graphs(cfg, device, world)
     if cfg.sync_bn and world.size > 1 and device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     compiled = CompiledStep(model, criterion) if cfg.compile else None

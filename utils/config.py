@@ -54,9 +54,12 @@ _HYP_RANGES = {
     "copy_paste": (0, 1),
     "warmup_iterations": (1, 1e6),
     "nominal_batch": (1, 1e5),
+    "ema_decay": (0, 1),
     "ema_tau": (1, 1e6),
     "bn_momentum": (0.001, 1),
 }
+_UPSTREAM_CONSTANTS = ("warmup_iterations", "nominal_batch", "ema_decay", "ema_tau", "bn_momentum")
+_OPTIONAL_HYP = {"anchors", "label_smoothing", *_UPSTREAM_CONSTANTS}
 
 
 @dataclass(frozen=True)
@@ -66,9 +69,9 @@ class Hyp:
     Rates are per step of the nominal batch 64; angles in degrees; augmentation entries are probabilities (flips,
     mosaic, mixup, copy_paste) or gains. ``anchors``: how many anchors per output AutoAnchor is to find, or None.
 
-    The last four are upstream's constants, which small sets do better without (hyp.small-set.yaml): the fewest
-    iterations of a warm-up; images that a step should see, for which gradients of smaller batches add up; updates over
-    which the moving average of the weights becomes one; BatchNorm's momentum.
+    The last five are upstream's constants, which small sets do better without (hyp.small-set.yaml): the fewest
+    iterations of a warm-up; images that a step should see, for which gradients of smaller batches add up; how slowly
+    the average of the weights moves in the end, and over how many updates it becomes so; BatchNorm's momentum.
     """
 
     lr0: float = 0.01
@@ -103,6 +106,7 @@ class Hyp:
     copy_paste: float = 0.0
     warmup_iterations: float = 100
     nominal_batch: float = 64
+    ema_decay: float = 0.9999
     ema_tau: float = 2000
     bn_momentum: float = 0.03
 
@@ -148,8 +152,7 @@ class Hyp:
     @classmethod
     def missing_keys(cls, data: dict[str, Any]) -> list[str]:
         """Names of hyper-parameters that ``data`` leaves to their defaults (optional ones left out)."""
-        optional = {"anchors", "label_smoothing", "warmup_iterations", "nominal_batch", "ema_tau", "bn_momentum"}
-        return [f.name for f in dataclasses.fields(cls) if f.name not in data and f.name not in optional]
+        return [f.name for f in dataclasses.fields(cls) if f.name not in data and f.name not in _OPTIONAL_HYP]
 
     def scaled(self, levels: int, nc: int, imgsz: int) -> Hyp:
         """The loss gains for a model with ``levels`` outputs and ``nc`` classes trained at ``imgsz`` pixels."""

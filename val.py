@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -182,28 +183,40 @@ def validate(
     from engine.eval_outputs import BatchPictures, CocoCollector, LabelWriter, save_curves
     from utils import coco
     from utils.console import LOGGER, plural
+    from utils.painter import Painters
 
     labels = LabelWriter(folder / "labels", args.save_conf) if args.save_txt else None
     categories = coco.category_ids(data.split(split_of(args)), data.nc)
     collector = CocoCollector(data.names, categories)
     speed_only = args.task == "speed"
-    pictures = None if speed_only or args.noplots else BatchPictures(folder, data.names)
-    observers = [labels, None if speed_only else collector, pictures]
-    metrics = one_pass(args, data, model, device, [observer for observer in observers if observer])
-
-    LOGGER.info(metrics.table(data.names, args.verbose or data.nc < 50))
-    if args.save_json or (categories == coco.COCO_CATEGORY_IDS and not speed_only):
-        collector.save(folder / f"{Path(args.weights[0]).stem}_predictions.json")
-    if metrics.labels and not speed_only:
-        stats = coco_stats(collector, data, categories == coco.COCO_CATEGORY_IDS)
-        metrics = dataclasses.replace(metrics, coco=stats)
-    if pictures:
-        save_curves(metrics, data.names, folder)
+    with nullcontext() if speed_only or args.noplots else Painters() as painters:
+        observers = [labels, None if speed_only else collector, painters and BatchPictures(folder, data.names)]
+        metrics = one_pass(args, data, model, device, [observer for observer in observers if observer])
+        if painters:
+            save_curves(metrics, data.names, folder, painters.draw)
+        metrics = _reported(args, data, folder, metrics, None if speed_only else collector)
     LOGGER.info(metrics.speed_line())
     LOGGER.info(f"Results saved to {folder}")
     if labels:
         LOGGER.info(f"{plural(labels.files, 'label')} saved to {labels.folder}")
     return metrics
+
+
+def _reported(
+    args: argparse.Namespace, data: DataConfig, folder: Path, metrics: Metrics, collector: CocoCollector | None
+) -> Metrics:
+    """The metrics with COCO's numbers, after the table and, where asked for, the JSON; only the table without
+    ``collector``."""
+    from utils import coco
+    from utils.console import LOGGER
+
+    LOGGER.info(metrics.table(data.names, args.verbose or data.nc < 50))
+    if collector is None:
+        return metrics
+    is_coco = collector.categories == coco.COCO_CATEGORY_IDS
+    if args.save_json or is_coco:
+        collector.save(folder / f"{Path(args.weights[0]).stem}_predictions.json")
+    return dataclasses.replace(metrics, coco=coco_stats(collector, data, is_coco)) if metrics.labels else metrics
 
 
 def split_of(args: argparse.Namespace) -> str:

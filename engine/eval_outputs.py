@@ -7,13 +7,14 @@ in network pixels, and one ImageResult an image.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from utils import coco, curves
+from utils.background import Background
 from utils.console import LOGGER
 from utils.files import atomic_write
 from utils.labels import format_detections
@@ -24,6 +25,7 @@ from utils.safe_names import UniqueNames
 if TYPE_CHECKING:
     from engine.evaluator import ImageResult
     from utils.dataloaders import Batch
+    from utils.loggers import RunLogger
 
 
 class LabelWriter:
@@ -99,15 +101,43 @@ class BatchPictures:
         self._seen += 1
 
 
-def save_curves(metrics: Metrics, names: Mapping[int, str], folder: Path) -> None:
-    """Write PR_curve, F1_curve, P_curve, R_curve and confusion_matrix (.png) into ``folder``."""
+class FirstBatches:
+    """Called with batches as they are loaded: has the first three drawn as folder/train_batch0.jpg, 1 and 2, and shown
+    to ``logger``, in the background."""
+
+    def __init__(self, folder: Path, names: Mapping[int, str], logger: RunLogger) -> None:
+        self.folder, self.names, self.logger, self._seen = folder, names, logger, 0
+        self._background = Background()
+
+    def __call__(self, batch: Batch) -> None:
+        if self._seen < 3:
+            file = self.folder / f"train_batch{self._seen}.jpg"
+            self._background(self._draw, file, batch.images, batch.targets, batch.paths)
+        self._seen += 1
+
+    def _draw(self, file: Path, images: Tensor, targets: Tensor, paths: Sequence[str]) -> None:
+        picture = plot_batch(images, targets, paths, self.names, file)
+        self.logger.image(file.stem, file, picture.shape[:2])
+
+    def close(self) -> None:
+        """Wait until they are drawn. Raises ResourceError when a picture cannot be written."""
+        self._background.wait()
+
+
+def draw_now(name: str, *arguments: Any) -> None:
+    """A function of utils.curves; in the place of :meth:`utils.painter.Painters.draw`."""
+    getattr(curves, name)(*arguments)
+
+
+def save_curves(metrics: Metrics, names: Mapping[int, str], folder: Path, draw: Callable[..., None] = draw_now) -> None:
+    """Have PR_curve, F1_curve, P_curve, R_curve and confusion_matrix (.png) drawn into ``folder``."""
     if not metrics.labels:
         LOGGER.info("no curves are drawn: there are no labels")
         return
     c = metrics.per_class
     shown = [names.get(int(number), str(number)) for number in c.classes]
-    curves.plot_pr_curve(c.axis, c.pr_curve, c.ap[:, 0], shown, folder / "PR_curve.png")
+    draw("plot_pr_curve", c.axis, c.pr_curve, c.ap[:, 0], shown, folder / "PR_curve.png")
     for values, label, stem in ((c.f1_curve, "F1", "F1"), (c.p_curve, "Precision", "P"), (c.r_curve, "Recall", "R")):
-        curves.plot_confidence_curve(c.axis, values, shown, folder / f"{stem}_curve.png", label)
+        draw("plot_confidence_curve", c.axis, values, shown, folder / f"{stem}_curve.png", label)
     if metrics.confusion is not None:
-        curves.plot_confusion_matrix(metrics.confusion, list(names.values()), folder / "confusion_matrix.png")
+        draw("plot_confusion_matrix", metrics.confusion, list(names.values()), folder / "confusion_matrix.png")

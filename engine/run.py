@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
 
@@ -12,6 +12,7 @@ from engine.resume import torchrun_job
 from engine.state import MOST_ROLLBACKS, Progress, describe_run, keep_newest, roll_back, save_best, save_last
 from models.forward_graphs import ForwardGraphs
 from models.yolo import DetectionModel
+from utils.background import Background
 from utils.config import DataConfig, Hyp, TrainConfig
 from utils.console import LOGGER
 from utils.dataloaders import DetectionLoader
@@ -40,6 +41,7 @@ class Run:
     validations: int = 0
     saved_partly: bool = False  # last.pt holds steps of an unfinished epoch
     unsaved_best: dict | None = None  # with --nosave: the best averaged weights so far
+    background: Background = field(default_factory=Background)  # writes checkpoints
     averaged: ForwardGraphs | None = None  # the averaged model as CUDA graphs, where steps are graphs too
 
     @property
@@ -84,7 +86,9 @@ def is_finished(last: str | Path) -> bool:
 
 
 def save_epoch(run: Run, epoch: int, metrics: Metrics | None, last_epoch: bool) -> None:
-    """Write last.pt, and best.pt when this epoch is the best so far; with --nosave only after the last epoch."""
+    """Write last.pt, and best.pt when this epoch is the best so far, in the background; with --nosave only after the
+    last epoch."""
+    run.background.wait()
     cfg, progress = run.cfg, run.progress
     meta = describe_run(run.model, cfg, run.hyp)
     scores = {"mAP50": metrics.map50, "mAP50-95": metrics.map, "fitness": metrics.fitness} if metrics else {}
@@ -94,17 +98,21 @@ def save_epoch(run: Run, epoch: int, metrics: Metrics | None, last_epoch: bool) 
         run.unsaved_best = {"state": state, "meta": meta, "epoch": epoch, "metrics": scores}
     if cfg.nosave and not last_epoch:
         return
+    later = run.background
     if run.unsaved_best:
-        save_best(run.best, **run.unsaved_best)
+        save_best(run.best, **run.unsaved_best, later=later)
         run.unsaved_best = None
     if cfg.save_period > 0 and epoch % cfg.save_period == 0:
-        save_best(run.last.with_name(f"epoch{epoch}.pt"), run.learner.ema.model.state_dict(), meta, epoch, scores)
-        keep_newest(run.last.parent, cfg.keep)
-    save_last(run.last, run.learner, meta, progress, epoch, scores)  # last: after a kill before it all is made again
+        state = run.learner.ema.model.state_dict()
+        save_best(run.last.with_name(f"epoch{epoch}.pt"), state, meta, epoch, scores, later)
+        later(keep_newest, run.last.parent, cfg.keep)
+    # last: after a kill before it all is made again
+    save_last(run.last, run.learner, meta, progress, epoch, scores, later=later)
 
 
 def save_steps(run: Run, epoch: int, partial: PartialEpoch | None) -> None:
-    """last.pt after ``epoch`` and ``partial`` of the next one, unless it holds this already."""
+    """last.pt after ``epoch`` and ``partial`` of the next one, unless it holds this already; written on return."""
+    run.background.wait()
     if partial or run.cfg.nosave:
         meta = describe_run(run.model, run.cfg, run.hyp)
         if run.unsaved_best:
@@ -130,6 +138,7 @@ def go_back(run: Run, error: TrainingDiverged) -> int:
         )
     if progress.rollbacks >= MOST_ROLLBACKS:
         raise TrainingDiverged(f"{error}; {progress.rollbacks} rollbacks with ever lower learning rates did not help")
+    run.background.wait()
     roll_back(run.last, run.learner, progress)
     LOGGER.warning(
         f"{error}. Rollback {progress.rollbacks} of {MOST_ROLLBACKS}: back to the start of epoch "

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-import torchvision
 
 from engine.epoch import Learner, PartialEpoch
+from utils.background import now
 from utils.checkpoint import half_precision, read_checkpoint, rng_state, save_checkpoint, set_rng_state
 from utils.config import Hyp, TrainConfig
 from utils.early_stopping import EarlyStopping
@@ -49,7 +51,7 @@ def describe_run(model, cfg: TrainConfig, hyp: Hyp) -> dict[str, Any]:
         "opt": cfg.to_dict(),
         "versions": {
             "torch": torch.__version__,
-            "torchvision": torchvision.__version__,
+            "torchvision": version("torchvision"),  # importing it takes as long as torch itself
             "python": platform.python_version(),
         },
     }
@@ -68,9 +70,10 @@ def save_last(
     epoch: int,
     metrics: dict[str, float],
     partial: PartialEpoch | None = None,
+    later: Callable[..., None] = now,
 ) -> None:
     """Write everything that ``--resume`` needs to go on exactly, after ``epoch`` was completed (-1: none yet) and
-    ``partial`` of the next one."""
+    ``partial`` of the next one. ``later``: what has it written, utils.background."""
     train = {
         "model": unwrap(learner.model).state_dict(),
         "optimizer": learner.optimizer.state_dict(),
@@ -83,13 +86,24 @@ def save_last(
         "partial": {"batches": partial.batches, "losses": partial.losses} if partial else None,
         "rng": rng_state(),
     }
-    save_checkpoint(path, learner.ema.model.state_dict(), _stamped(meta, epoch, metrics), {**train, "epoch": epoch})
+    state = learner.ema.model.state_dict()
+    later(save_checkpoint, path, state, _stamped(meta, epoch, metrics), {**train, "epoch": epoch})
 
 
-def save_best(path: Path, state: dict, meta: dict, epoch: int, metrics: dict[str, float]) -> None:
+def save_best(
+    path: Path,
+    state: dict,
+    meta: dict,
+    epoch: int,
+    metrics: dict[str, float],
+    later: Callable[..., None] = now,
+) -> None:
     """Write the averaged weights alone, in half precision: small, and all that val, detect and export need."""
-    half = {key: half_precision(value) for key, value in state.items()}
-    save_checkpoint(path, half, _stamped(meta, epoch, metrics))
+    later(_save_half, path, state, _stamped(meta, epoch, metrics))
+
+
+def _save_half(path: Path, state: dict, meta: dict) -> None:
+    save_checkpoint(path, {key: half_precision(value) for key, value in state.items()}, meta)
 
 
 def keep_newest(folder: Path, count: int) -> None:

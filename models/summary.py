@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,7 +10,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from models.common import DCN
 from models.head import side_multiple
@@ -69,7 +69,7 @@ class Summary:
 def summarize(model: nn.Module, imgsz: int = 640, profile: bool = False, batch_size: int = 1) -> Summary:
     """Describe a DetectionModel. ``profile`` times every layer on the model's device, ``batch_size`` random images.
 
-    The model is left as it was: operations are counted from shapes on the meta device, and timing runs in eval mode.
+    The model is left as it was: operations are counted from shapes, and timing runs in eval mode.
     """
     flops = [count * (imgsz / TILE) ** 2 for count in count_flops(model)]
     times = time_layers(model, imgsz, batch_size) if profile else [None] * len(flops)
@@ -122,11 +122,11 @@ def count_flops(model: nn.Module) -> list[float]:
             counter = next((count for kind, count in _COUNTERS.items() if isinstance(module, kind)), None)
             if counter is not None:
                 handles.append(module.register_forward_hook(_adder(counts, index, counter)))
-    state = {name: t.to("meta") for name, t in [*model.named_parameters(), *model.named_buffers()]}
-    image = torch.empty(1, model.yaml["ch"], TILE, TILE, device="meta")
+    parameter = next(model.parameters())
+    images = int(parameter.is_meta)  # none costs nothing; the meta device, which refuses that, imports torch's compiler
     try:
         with _evaluating(model):
-            functional_call(model, state, (image,))
+            model(parameter.new_zeros(images, model.yaml["ch"], TILE, TILE))
     finally:
         for handle in handles:
             handle.remove()
@@ -140,30 +140,35 @@ def _adder(counts: list[float], index: int, counter: Callable) -> Callable:
     return hook
 
 
+def _values(x: Tensor) -> int:
+    """Values for one image, where the batch, whichever dimension it is, has none."""
+    return math.prod(side or 1 for side in x.shape)
+
+
 def _conv_macs(module: nn.Conv2d, x: Tensor, y: Tensor) -> int:
-    return y.numel() * module.weight[0].numel()
+    return _values(y) * module.weight[0].numel()
 
 
 def _transposed_macs(module: nn.ConvTranspose2d, x: Tensor, y: Tensor) -> int:
-    return x.numel() * module.weight[0].numel()
+    return _values(x) * module.weight[0].numel()
 
 
 def _linear_macs(module: nn.Linear, x: Tensor, y: Tensor) -> int:
-    return y.numel() * module.in_features
+    return _values(y) * module.in_features
 
 
 def _norm_macs(module: nn.BatchNorm2d, x: Tensor, y: Tensor) -> int:
-    return 4 * y.numel()
+    return 4 * _values(y)
 
 
 def _attention_macs(module: nn.MultiheadAttention, x: Tensor, y: tuple) -> int:
-    return 4 * module.embed_dim * x.numel()
+    return 4 * module.embed_dim * _values(x)
 
 
 def _dcn_macs(module: DCN, x: Tensor, y: Tensor) -> int:
     pixels = y.shape[-2] * y.shape[-1]
     taps = module.weight[0, 0].numel()
-    return y.numel() * module.weight[0].numel() + 4 * x.shape[1] * taps * pixels
+    return _values(y) * module.weight[0].numel() + 4 * x.shape[1] * taps * pixels
 
 
 _COUNTERS: dict[type[nn.Module], Callable] = {

@@ -23,12 +23,12 @@ models.ops.dcn_launch models.ops.dcn_cuda utils.pickle_records
 models.ops.dcn_op utils.torch_tensors utils.pickle_reader
 utils.errors utils.console utils.boxes utils.augmentations utils.frames utils.crops utils.label_index \
     utils.batch_memory utils.device_augment utils.assign utils.autoanchor utils.batched_nms utils.dcn_watch \
-    utils.early_stopping utils.ema utils.nan_search utils.stages utils.torch_legacy models.activations \
-    models.offsets models.ops.deform_conv
+    utils.early_stopping utils.background utils.ema utils.nan_search utils.stages utils.torch_legacy \
+    models.activations models.offsets models.ops.deform_conv
 utils.files utils.torch_file utils.npz utils.device utils.dist utils.images utils.label_table utils.labels \
     utils.mosaic utils.plots utils.curves utils.metrics utils.confusion utils.coco utils.optim utils.autobatch \
     utils.shared_gradients utils.streams models.common models.forward_graphs models.head
-utils.config utils.checkpoint utils.peer_watch utils.wts utils.loggers utils.label_cache utils.sources \
+utils.painter utils.config utils.checkpoint utils.peer_watch utils.wts utils.loggers utils.label_cache utils.sources \
     models.extra models.ghost \
     models.transformer models.sampling models.spec models.surgery models.deform models.summary models.results
 utils.cli utils.nms utils.check_data utils.image_cache utils.loss utils.schedule models.parser models.map_size \
@@ -41,13 +41,13 @@ models
 deploy.fused_dcn
 deploy.formats deploy.dcn_forms deploy.metadata deploy.checking deploy.tensorrt.backend deploy.tensorrt.sizes \
     deploy.tensorrt.plugin.kernels
-deploy.contract deploy.crash_guard deploy.wrap deploy.to_wts deploy.tensorrt.network deploy.tensorrt.onnx_backend \
+deploy.contract deploy.cxx deploy.wrap deploy.to_wts deploy.tensorrt.network deploy.tensorrt.onnx_backend \
     deploy.tensorrt.trt_backend deploy.tensorrt.engine_file deploy.tensorrt.plugin.compile
 deploy.to_onnx deploy.to_torch deploy.to_openvino deploy.to_ncnn deploy.tensorrt.plugin_backend \
     deploy.tensorrt.plugin.build
 deploy.run_onnx deploy.run_torch deploy.run_openvino deploy.run_ncnn \
     deploy.tensorrt.run_engine deploy.tensorrt.plugin.harness
-deploy.runtime deploy.run_apart deploy.trial deploy.tensorrt.build
+deploy.runtime deploy.tensorrt.build
 deploy.exporter
 engine.window engine.feature_maps engine.read_ahead engine.resume engine.diagnosis engine.graphs engine.evaluator \
     engine.writers

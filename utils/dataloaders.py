@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import count, islice
 
@@ -205,6 +205,7 @@ class DetectionLoader(DataLoader):
     _stream_epoch = -1  # what the stream holds next
     _warned: frozenset[str] = frozenset()
     finish_on: torch.device | None = None  # where the rest of the augmentation is done; None: nothing is left
+    on_batch: Callable[[Batch], None] | None = None  # sees each batch before it is handed out
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
         """The epoch (from 0) that the next iteration is for, and the batch (from 0) it begins with."""
@@ -230,7 +231,10 @@ class DetectionLoader(DataLoader):
         for batch in islice(self._stream, len(self) - self.batch_sampler.start):
             self._warn(batch.skipped)
             batch = self._taken_out(batch)
-            yield batch if self.finish_on is None else batch.finished(self.finish_on)
+            batch = batch if self.finish_on is None else batch.finished(self.finish_on)
+            if self.on_batch:
+                self.on_batch(batch)
+            yield batch
         self._stream_epoch = epoch + 1
 
     def _taken_out(self, batch: Batch) -> Batch:

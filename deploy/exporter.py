@@ -18,10 +18,8 @@ from torch import Tensor
 
 from deploy.checking import Difference, detection_difference, difference, input_batch, refuse_if_far
 from deploy.contract import Runtime
-from deploy.crash_guard import may_crash
 from deploy.formats import Format
 from deploy.metadata import Metadata, describe
-from deploy.run_apart import ApartRuntime
 from deploy.runtime import open_runtime
 from deploy.to_onnx import check_opset, export_onnx
 from deploy.to_torch import export_aoti, export_torchscript
@@ -155,9 +153,7 @@ def _check(job: Job, kind: Format, path: Path) -> str:
     if kind.name == "wts":
         compare_wts(job.plain, path)
         return "read back, every value the same"
-    apart = kind.name == "aoti" and may_crash(job.options.device)
-    runtime = ApartRuntime(path, job.options.device) if apart else open_runtime(path, job.options.device)
-    return "; ".join(each.text() for each in compare(job, runtime))
+    return "; ".join(each.text() for each in compare(job, open_runtime(path, job.options.device)))
 
 
 def _write_engine(job: Job, path: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+import zipfile
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch._C._aoti import AOTIModelPackageLoader
 
 from deploy.contract import Runtime
-from deploy.crash_guard import may_crash, refuse_what_crashes
+from deploy.cxx import has_own_cxx_library
 from deploy.metadata import parse
 from deploy.to_torch import ENTRIES
 from utils.errors import ConfigError, ExportError
@@ -41,18 +42,16 @@ class TorchScriptRuntime(Runtime):
 
 
 class AotiRuntime(Runtime):
-    """Compiled for one kind of device, and run on that. ``tried``: another process has opened it without coming to
-    grief, so that it is opened here."""
+    """Compiled for one kind of device, and run on that."""
 
-    def __init__(self, path: Path, device: torch.device, tried: bool = False) -> None:
+    def __init__(self, path: Path, device: torch.device) -> None:
         try:
             _check_device(path, device)
-            if not tried and may_crash(device):
-                refuse_what_crashes(path, device)
+            _check_library(path)
             # not by aoti_load_package: it compiles test programs first, to say what this processor knows (20 seconds)
             index = -1 if device.index is None else device.index
             package = AOTIModelPackageLoader(str(path), MODEL, False, 1, index)
-        except (RuntimeError, ValueError, OSError, KeyError) as error:
+        except (RuntimeError, ValueError, OSError, KeyError, zipfile.BadZipFile) as error:
             raise ExportError(f"{path}: not a package of export.py ({str(error).splitlines()[0][:200]})") from error
         super().__init__(parse(package.get_metadata(), str(path)), path)
         self._package, self._device = package, device
@@ -80,6 +79,19 @@ def _check_device(path: Path, device: torch.device) -> None:
     made, here = told.get("AOTI_COMPUTE_CAPABILITY", ""), "{}{}".format(*torch.cuda.get_device_capability(device))
     if made.isdigit() and made != here:
         raise ExportError(f"{path}: compiled for compute capability {made}, this GPU has {here}; export it again here")
+
+
+def _check_library(path: Path) -> None:
+    """Raise ExportError for a package whose constructor would end the process: see deploy/cxx.py."""
+    with zipfile.ZipFile(path) as archive:
+        for name in archive.namelist():
+            if not name.endswith(".so"):
+                continue
+            with archive.open(name) as library:
+                if has_own_cxx_library(library):
+                    raise ExportError(
+                        f"{path}: has a C++ library of its own, which crashes where it is opened; export it again"
+                    )
 
 
 def _entries(text: str | bytes) -> dict:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from deploy.cxx import shared_cxx_library
 from deploy.metadata import Metadata
 from deploy.wrap import ExportModel, dynamic_axes, quiet
-from utils.errors import ExportError
 
 ENTRIES = "metadata.json"
 """The extra file in a .torchscript."""
@@ -26,11 +25,10 @@ def export_torchscript(model: ExportModel, example: Tensor, path: Path, meta: Me
 
 
 def export_aoti(model: ExportModel, example: Tensor, path: Path, meta: Metadata) -> None:
-    """Compile the model for the device of ``example`` and write the package. Raises ExportError without a compiler."""
-    if not any(map(shutil.which, ("c++", "g++", "clang++"))):
-        raise ExportError("--include aoti: compiles C++; install g++ (Debian: apt install g++)")
+    """Compile the model for the device of ``example`` and write the package. Raises ExportError without a
+    compiler, or with one that does not serve."""
     shapes = {"images": dynamic_axes(meta.stride)} if meta.dynamic else None
-    settings = {"aot_inductor.metadata": meta.entries()}
-    with quiet("torch.utils.cpp_extension"), torch.no_grad():
+    with quiet("torch.utils.cpp_extension"), torch.no_grad(), shared_cxx_library() as compiler:
+        settings = {"aot_inductor.metadata": meta.entries(), **compiler}
         program = torch.export.export(model, (example,), dynamic_shapes=shapes)
         torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=settings)

@@ -95,9 +95,29 @@ def build_optimizer(
     # None leaves torch's own choice (foreach on a GPU, plain loops on the CPU)
     fused = all(p.is_cuda and p.is_floating_point() for p in model.parameters()) or None
     if name == "SGD":
-        return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0, fused=fused)
+        sgd = torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0, fused=fused)
+        return start_momentum_at_zero(sgd) if fused and momentum > 0 else sgd
     optimizer = torch.optim.Adam if name == "Adam" else torch.optim.AdamW
     return optimizer(groups, lr=lr, betas=(momentum, 0.999), fused=fused)
+
+
+def start_momentum_at_zero(optimizer: torch.optim.SGD) -> torch.optim.SGD:
+    """Momentum as zeros before the first step, with which that step is what it would have been. Returns ``optimizer``.
+
+    torch's fused SGD begins with uninitialised memory and relies on its first step to fill it; a first step that is
+    skipped, as the loss scale of float16 makes it, leaves what lay there, perhaps NaN, to the second (torch 2.14).
+    """
+
+    def fill(optimizer: torch.optim.SGD, args: tuple, kwargs: dict) -> None:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                state = optimizer.state[parameter]
+                if parameter.grad is not None and state.get("momentum_buffer") is None:
+                    state["momentum_buffer"] = torch.zeros_like(parameter.grad)
+        handle.remove()
+
+    handle = optimizer.register_step_pre_hook(fill)
+    return optimizer
 
 
 def describe(optimizer: torch.optim.Optimizer) -> str:

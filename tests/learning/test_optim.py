@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from utils.errors import CheckpointError, ConfigError
-from utils.optim import build_optimizer, describe, parameter_roles, restore_optimizer
+from utils.optim import build_optimizer, describe, parameter_roles, restore_optimizer, start_momentum_at_zero
 
 
 class Deformable(nn.Module):
@@ -139,3 +139,23 @@ def test_a_run_moves_from_the_cpu_to_a_gpu_and_back(name: str) -> None:
         assert all(bool(g["fused"]) == (device == "cuda") for g in optimizer.param_groups)
         train_a_step(model, optimizer, x.to(device))
         assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def test_a_skipped_first_step_leaves_no_garbage_in_the_momentum() -> None:
+    """As under float16, whose loss scale is too large at first; torch's fused SGD alone goes on from what lay there."""
+    seen = []
+    torch.use_deterministic_algorithms(True)  # uninitialised memory is then NaN
+    try:
+        for fused, skipped in ((True, True), (False, False)):
+            weight = nn.Parameter(torch.ones(3))
+            sgd = torch.optim.SGD([weight], lr=0.1, momentum=0.9, nesterov=True, fused=fused)
+            optimizer = start_momentum_at_zero(sgd) if fused else sgd
+            for found_inf in (1.0,) * skipped + (0.0, 0.0):
+                weight.grad = torch.arange(3.0)
+                if fused:
+                    optimizer.found_inf = torch.tensor(found_inf)
+                optimizer.step()
+            seen.append(weight.detach().clone())
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(*seen)

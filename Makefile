@@ -26,7 +26,7 @@ test: setup lint
 test-deploy: setup
 	$(PY) -m pytest -m deploy
 
-# trainings in several processes that are lost and replaced: about two minutes on two idle cores
+# trainings in several processes that are lost and replaced: minutes on two cores
 test-slow: setup
 	$(PY) -m pytest -m processes
 

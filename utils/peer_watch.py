@@ -146,13 +146,13 @@ class PeerWatch:
                 self._state = "follows"
                 named = self._who_is_gone()
                 if named:
-                    raise ResourceError(named) from None
+                    raise ResourceError(named) from error
             else:
                 self._state, self._text = ("ended", _in_words(error)) if error else ("done", "")
                 self._tell()
         except _STORE_ERRORS:
             if lost:
-                raise ResourceError(_store_is_gone(lost)) from None
+                raise ResourceError(_store_is_gone()) from error
 
     def begin(self, judged: bool = False) -> None:
         """The next part of the training, in all ranks. ``judged``: none may stand still in it."""
@@ -193,8 +193,8 @@ class PeerWatch:
                 self._tell()
                 self._look()
                 blame = verdict(self._seen, self.world.rank, time.monotonic(), self.patience)
-            except _STORE_ERRORS as error:
-                blame = _store_is_gone(str(error).splitlines()[0][:200])
+            except _STORE_ERRORS:
+                blame = _store_is_gone()
         if blame and not self._leaving.wait(GRACE):
             with self._hold:
                 if not self._leaving.is_set():
@@ -251,9 +251,9 @@ def _second_connection() -> dist.Store:
     return dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=20))
 
 
-def _store_is_gone(reason: str) -> str:
+def _store_is_gone() -> str:
     where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-    return f"rank 0, or its machine, is gone ({where} does not answer: {reason}); {GO_ON}"
+    return f"rank 0, or its machine, is gone ({where}, where ranks find each other, does not answer); {GO_ON}"
 
 
 def _in_words(error: BaseException) -> str:

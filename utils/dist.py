@@ -88,7 +88,8 @@ def _store_of_this_start(world: World, store: dist.Store | None = None) -> dist.
 def meet(world: World) -> None:
     """Wait until all ranks are here."""
     if world.size > 1 and dist.is_initialized():
-        dist.barrier()
+        nccl = dist.get_backend() == "nccl"
+        dist.barrier(device_ids=[torch.cuda.current_device()] if nccl else None)  # else torch guesses, and says so
 
 
 def close_distributed(world: World) -> None:
@@ -101,11 +102,11 @@ def close_distributed(world: World) -> None:
 @contextmanager
 def main_first(world: World) -> Iterator[None]:
     """Rank 0 runs the block, then the others: they find the caches it wrote."""
-    if world.size > 1 and not world.main:
-        dist.barrier()
+    if not world.main:
+        meet(world)
     yield
-    if world.size > 1 and world.main:
-        dist.barrier()
+    if world.main:
+        meet(world)
 
 
 def broadcast(value: Any, world: World) -> Any:

@@ -112,7 +112,7 @@ class PeerWatch:
         self.every = max(1.0, world.size / 32)  # seconds between signs: each rank reads those of all
         self._store, self._end = store, end or _end_process
         self._phase = self._beats = self._all_beats = self._pulse = 0
-        self._state, self._text = "working", ""
+        self._state, self._text, self._in_loop = "working", "", False
         self._seen: dict[int, Seen] = {}
         self._leaving = threading.Event()
         self._hold = threading.Lock()
@@ -139,7 +139,7 @@ class PeerWatch:
         if not self.watching:
             return
         self._leaving.set()
-        self._thread.join()
+        self._thread.join(5)  # it may be waiting for the store
         lost = explain_lost_peer(error) if isinstance(error, Exception) else None
         try:
             if lost:
@@ -156,8 +156,7 @@ class PeerWatch:
 
     def begin(self, judged: bool = False) -> None:
         """The next part of the training, in all ranks. ``judged``: none may stand still in it."""
-        self._phase, self._beats = self._phase + 1, 0
-        self._state = "judged" if judged and self._all_beats >= UNJUDGED_BEATS else "working"
+        self._phase, self._beats, self._in_loop = self._phase + 1, 0, judged
 
     def beat(self) -> None:
         """This rank has come a little further: it has a batch, or is done with one."""
@@ -176,7 +175,9 @@ class PeerWatch:
 
     def _tell(self) -> None:
         self._pulse += 1
-        sign = Sign(self._pulse, (self._phase, self._beats), self._state, self._text)
+        judged = self._state == "working" and self._in_loop and self._all_beats >= UNJUDGED_BEATS
+        state = "judged" if judged else self._state
+        sign = Sign(self._pulse, (self._phase, self._beats), state, self._text)
         self._store.set(f"{self._key}/{self.world.rank}", sign.dumps())
 
     def _look(self) -> None:

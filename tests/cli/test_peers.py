@@ -70,10 +70,11 @@ def test_a_loader_that_dies_in_one_rank_is_told_by_both(two_ranks) -> None:
     assert "rank 0: error: rank 1 has ended (a data loading process died" in last_line(text)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("fault", "line"),
     [
-        pytest.param("stop", "has given no sign of life for", id="stopped", marks=pytest.mark.processes),
+        pytest.param("stop", "has given no sign of life for", id="stopped"),
         pytest.param("stall", "(is in a step) has stood still for", id="stands still"),
     ],
 )

@@ -126,7 +126,11 @@ def no_norm(evidence: Evidence) -> Verdict:
 
 def clip_share(evidence: Evidence) -> Verdict:
     clipped = evidence.findings.get("article+clip", [])
-    apart = evidence.findings.get(parse_arm("article+clip-apart")[0], [])
+    names = (
+        "article+clip-apart",
+        "article+clip+clip-apart",
+    )  # the second: as a base's change
+    apart = next((evidence.findings[name] for name in names if name in evidence.findings), [])
     if not clipped:
         return Verdict(OPEN, "article+clip: not run")
     share, factor = _mean(f.median("offset_share") for f in clipped), _mean(f.median("clip_factor") for f in clipped)

@@ -5,6 +5,7 @@ Files (labels, JSON, pictures) are written by observers, engine/eval_outputs.py;
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from utils.background import Background, now
 from utils.boxes import cxcywh_to_xyxy, scale_to_original
 from utils.config import check_thresholds
 from utils.confusion import ConfusionMatrix
@@ -84,6 +86,8 @@ def evaluate(
     check_thresholds(conf_thres, iou_thres, max_det)
     times, losses, tally = StageTimes(device), _Losses(), _Tally(len(names))
     shape: tuple[int, ...] = ()
+    background = Background(most=2)
+    later = background if _has_time(device) else now
     pre_process, inference, nms = STAGES
     with _eval_mode(model), torch.inference_mode():
         for batch in progress(loader, desc=TABLE_HEADER, enabled=show_progress and world.main):
@@ -105,14 +109,34 @@ def evaluate(
                     max_det=max_det,
                     labels=_labels_in_pixels(targets, images.shape) if hybrid else (),
                 )
-            with times.stage("matching"):
-                detections = _to_cpu(detections)
-                results = _results(batch, detections, single_cls)
-                tally.add(results)
-            for observer in observers:
-                observer(batch, detections, results)
+            detections = _to_cpu(detections)
+            later(_take_note, batch, detections, single_cls, tally, times, observers)
+        background.wait()
     shares = gather_to_main(_Share(tally, losses.values(), times.per_image(tally.images), shape), world)
     return _metrics(shares) if world.main else None
+
+
+def _has_time(device: torch.device) -> bool:
+    """Whether the CPU waits while the model is at work."""
+    return device.type == "cuda"
+
+
+def _take_note(
+    batch: Batch,
+    detections: Sequence[Tensor],
+    single_cls: bool,
+    tally: _Tally,
+    times: StageTimes,
+    observers: Sequence[Observer],
+) -> None:
+    """Match the detections of a batch, count them, show them to the observers."""
+    start = time.perf_counter()
+    with torch.inference_mode():
+        results = _results(batch, detections, single_cls)
+        tally.add(results)
+        times.add("matching", time.perf_counter() - start)
+        for observer in observers:
+            observer(batch, detections, results)
 
 
 @contextmanager

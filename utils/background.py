@@ -27,13 +27,18 @@ class Background:
     """Called with a function and its arguments, has it called soon. What one of them raises is raised by :meth:`wait`,
     and those after it are left out."""
 
-    def __init__(self) -> None:
+    def __init__(self, most: int | None = None) -> None:
+        """``most``: so many calls wait at once; one more waits for the first of them."""
+        self._most = most
         self._thread = ThreadPoolExecutor(1, "background")
         self._pending: list[Future] = []
         self._error: BaseException | None = None
 
     def __call__(self, function: Callable[..., Any], *arguments: Any) -> None:
         """``arguments`` are held as they are now."""
+        while self._most is not None and len(self._pending) >= self._most:
+            self._pending[0].result()
+            self._pending.pop(0)
         self._pending.append(self._thread.submit(self._call, function, held(arguments)))
 
     def _call(self, function: Callable[..., Any], arguments: tuple) -> None:

@@ -20,6 +20,9 @@ CLASS_OFFSET = 7680.0
 MAX_CANDIDATES = 30_000
 """At most this many boxes an image, the highest scores, enter suppression: the bound on time and memory."""
 
+FEW = 1000
+"""Up to so many boxes of a single image go from a GPU to the CPU: less work than launching some sixty kernels."""
+
 BLOCK = 1024
 """So many candidates at a time go through suppression, until enough are kept."""
 
@@ -43,11 +46,17 @@ def non_max_suppression(
     ``labels``: one (m, 5) tensor an image, class, cx, cy, w, h in network pixels, that join as certain detections.
 
     Returns a list over B of (n, 6) float32, n <= ``max_det``: x1, y1, x2, y2 in network pixels, score, class, by
-    falling score. Rows with non-finite boxes or scores are left out. Raises ConfigError for a bad threshold.
+    falling score; on the device of ``pred``, or on the CPU for few boxes of one image. Rows with non-finite boxes or
+    scores are left out. Raises ConfigError for a bad threshold.
     """
     check_thresholds(conf_thres, iou_thres, max_det)
     multi_label = multi_label and pred.shape[2] > 6
     if _goes_at_once(pred.device):
+        if len(pred) == 1 and not len(labels):
+            rows = pred[0][pred[0, :, 4] > conf_thres].float()
+            if len(rows) <= FEW:
+                candidates, _ = _candidates(rows.cpu(), conf_thres, multi_label, classes)
+                return [_suppress(candidates, iou_thres, agnostic, max_det)]
         return _all_at_once(pred, conf_thres, iou_thres, classes, agnostic, multi_label, max_det, labels)
     found = []
     for index, rows in enumerate(pred):

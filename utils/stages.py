@@ -37,6 +37,10 @@ class StageTimes:
             yield
             self._seconds[name] += time.perf_counter() - begin
 
+    def add(self, name: str, seconds: float) -> None:
+        """Add seconds of the clock to stage ``name``: of work that another thread did."""
+        self._seconds[name] += seconds
+
     def per_image(self, images: int) -> dict[str, float]:
         """Milliseconds an image of each stage, in the order they first ran."""
         if self._cuda:

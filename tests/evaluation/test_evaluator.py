@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from engine import evaluator
 from engine.eval_outputs import BatchPictures, CocoCollector, LabelWriter, save_curves
 from engine.evaluator import CPU_CHUNK, evaluate
 from utils.errors import ConfigError
@@ -16,6 +17,12 @@ from utils.loss import LossParts
 NAMES = {0: "a", 1: "b"}
 CPU = torch.device("cpu")
 SIZE = 64  # network input; the originals are twice as large and 96 pixels high, letterboxed with 8 pixels of padding
+
+
+@pytest.fixture(params=["in turn", "in the background"], autouse=True)
+def matching(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Matching after each batch as on a CPU, and beside the next one as with a GPU."""
+    monkeypatch.setattr(evaluator, "_has_time", lambda device: request.param != "in turn")
 
 
 def make_batch(count: int, first: int = 0) -> SimpleNamespace:

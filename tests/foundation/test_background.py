@@ -22,6 +22,15 @@ def test_arguments_are_held() -> None:
     assert state["w"][0].tolist() == state["w"][1][0].tolist() == [0, 0] and state["w"][1][1] == 1
 
 
+def test_only_so_many_wait() -> None:
+    background, done = Background(most=2), []
+    for number in range(20):
+        background(done.append, number)
+        assert len(background._pending) <= 2
+    background.wait()
+    assert done == list(range(20))
+
+
 def test_named_and_other_values_stay_what_they_are() -> None:
     class Named(dict):
         pass

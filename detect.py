@@ -30,7 +30,7 @@ from utils.cli import (
     image_size_flag,
     keywords_to_argv,
 )
-from utils.errors import ConfigError, run_cli
+from utils.errors import ConfigError, end_process, run_cli
 from utils.files import ROOT
 
 
@@ -227,4 +227,4 @@ def run(**kwargs: Any) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_cli(main))
+    end_process(run_cli(main))

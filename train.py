@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -27,7 +26,7 @@ from utils.cli import (
     keywords_to_argv,
 )
 from utils.config import DataConfig, Hyp, TrainConfig
-from utils.errors import ConfigError, is_installed, run_cli
+from utils.errors import ConfigError, end_process, is_installed, run_cli
 
 
 def build_parser() -> Parser:
@@ -244,4 +243,4 @@ def run(**kwargs: object) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_cli(main))
+    end_process(run_cli(main))

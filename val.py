@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -30,7 +29,7 @@ from utils.cli import (
     keywords_to_argv,
 )
 from utils.config import DataConfig
-from utils.errors import ConfigError, MissingPackage, is_installed, run_cli
+from utils.errors import ConfigError, MissingPackage, end_process, is_installed, run_cli
 from utils.files import ROOT
 
 if TYPE_CHECKING:
@@ -343,4 +342,4 @@ def study(
 
 
 if __name__ == "__main__":
-    sys.exit(run_cli(main))
+    end_process(run_cli(main))

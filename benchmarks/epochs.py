@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.report import cpu_name, heading, table
+from utils.errors import end_process
 
 ROOT = Path(__file__).resolve().parents[1]
 UPSTREAM = {"yolov5s.yaml": 24.8}
@@ -81,6 +82,7 @@ def child(report: str, begun: float, flags: list[str]) -> None:
     train.main(flags)
     result = {"seconds": watch.seconds, "epochs": watch.epochs, "ended": time.time()}
     Path(report).write_text(json.dumps(result), encoding="utf-8")
+    end_process(0)  # as train.py ends
 
 
 def run_once(flags: list[str]) -> tuple[dict[str, float], list[float], float]:

@@ -189,6 +189,7 @@ def build_loaders(
             f"--quad makes one image of four: it needs at least 4 images a batch (there are {frame.rank_batch}) and in "
             f"the training set ({len(train)}), for each process"
         )
+    loader.batch_sampler.epochs = cfg.epochs
     return loader, create_dataloader(val, val.batch_size, world=(world.rank, world.size), **shared)
 
 

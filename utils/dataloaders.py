@@ -176,11 +176,14 @@ class EpochBatches(Sampler[list[Draw]]):
     def __init__(self, sampler: EpochSampler, batch_size: int, drop_last: bool, endless: bool) -> None:
         self.sampler, self.batch_size, self.drop_last, self.endless = sampler, batch_size, drop_last, endless
         self.epoch = self.start = self.stream = 0
+        self.epochs: int | None = None  # there are no more than these: nothing is loaded ahead beyond
 
     def __iter__(self) -> Iterator[list[Draw]]:
         done = self.start * self.batch_size
         self.stream += 1
         for epoch in count(self.epoch) if self.endless and len(self) else [self.epoch]:
+            if self.epochs is not None and epoch >= self.epochs:
+                return
             draws = islice(self.sampler.draws(epoch), done, None)
             done = 0
             while batch := Draws(islice(draws, self.batch_size)):

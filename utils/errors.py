@@ -14,12 +14,14 @@ Anything else that escapes is a bug and keeps its traceback.
 
 from __future__ import annotations
 
+import atexit
 import difflib
 import errno
 import importlib.util
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from typing import NoReturn
 
 from utils.safe_names import printable
 from utils.signals import Termination, sigterm_as_interrupt
@@ -150,6 +152,20 @@ def run_cli(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | N
     argv = list(sys.argv[1:] if argv is None else argv)
     with sigterm_as_interrupt() as terminated:
         return _guarded(main, argv, terminated)
+
+
+def end_process(status: int) -> NoReturn:
+    """End the program. After a success at once: all is written, and to take Python, torch and CUDA apart piece by piece
+    takes a second or more. What was registered for the end (it ends loader processes) is run."""
+    if status == 0:
+        atexit._run_exitfuncs()
+        try:
+            sys.stdout.flush()
+            sys.stderr.flush()
+        except OSError:  # the reader left
+            pass
+        os._exit(0)
+    sys.exit(status)
 
 
 def _guarded(main: Callable[[Sequence[str]], int | None], argv: list[str], terminated: Termination) -> int:

@@ -11,7 +11,6 @@ import contextlib
 import json
 import math
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -44,7 +43,7 @@ class Painters:
         self._painters = [_Painter() for _ in range(max(1, min(MOST_PAINTERS, cores // 4)))]
         self._turn = cycle(self._painters)
         # a thread, because a pipe is full until its reader has begun
-        self._sender = ThreadPoolExecutor(1, "to the painters", initializer=_outlive_readers)
+        self._sender = ThreadPoolExecutor(1, "to the painters")
         self._sent: list[Future] = []
 
     def draw(self, name: str, *arguments: Any) -> None:
@@ -72,13 +71,6 @@ class Painters:
             painter.process.kill()
             painter.process.wait()
         self._sender.shutdown(wait=False, cancel_futures=True)
-
-
-def _outlive_readers() -> None:
-    """In a thread that writes to pipes: an error where the other side is gone, and not the program's end, which is what
-    utils.errors.run_cli has it mean for the output."""
-    if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGPIPE})
 
 
 class _Painter:

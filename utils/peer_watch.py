@@ -15,7 +15,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from types import TracebackType
@@ -199,7 +199,15 @@ class PeerWatch:
         if blame and not self._leaving.wait(GRACE):
             with self._hold:
                 if not self._leaving.is_set():
+                    self._pass_on(blame)
                     self._end(blame)
+
+    def _pass_on(self, blame: str) -> None:
+        """Tell the others why this rank ends; if it is the one to blame, they are to name it."""
+        self._state = "ended" if blame.startswith(f"rank {self.world.rank} ") else "follows"
+        self._text = blame.split("; ")[0]
+        with suppress(*_STORE_ERRORS):
+            self._tell()
 
     def _who_is_gone(self) -> str:
         """After a lost connection: the rank that ended, with its reason if it left one, or that fell silent; '' if all
@@ -220,7 +228,8 @@ class PeerWatch:
                 ):
                     return f"rank {rank} has ended without a word (killed, or its machine is gone); {GO_ON}"
             time.sleep(0.2)
-        return ""
+        told = [peer.sign.text for peer in self._seen.values() if peer.sign.state == "follows" and peer.sign.text]
+        return f"{told[0]}; {GO_ON}" if told else ""
 
 
 class _Watched:

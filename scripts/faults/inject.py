@@ -110,9 +110,9 @@ def stop(number: str) -> None:
 
 
 def stall(number: str) -> None:
-    """At the ``number``-th step the main thread stands still, as one does whose GPU or storage no longer answers."""
-    step = importlib.import_module("engine.epoch").Learner
-    at_call(step, "backward", int(number), lambda *_, **__: time.sleep(3600))
+    """The ``number``-th batch does not come, as from storage that no longer answers."""
+    loader = importlib.import_module("utils.dataloaders").DetectionLoader
+    at_call(loader, "_taken_out", int(number), lambda *_, **__: time.sleep(3600))
 
 
 def nan(number: str) -> None:

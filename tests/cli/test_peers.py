@@ -75,13 +75,14 @@ def test_a_loader_that_dies_in_one_rank_is_told_by_both(two_ranks) -> None:
     ("fault", "line"),
     [
         pytest.param("stop", "has given no sign of life for", id="stopped"),
-        pytest.param("stall", "(is in a step) has stood still for", id="stands still"),
+        pytest.param("stall", "(waits for its loader) has stood still for", id="stands still"),
     ],
 )
 def test_a_rank_that_hangs_is_given_up(two_ranks, tmp_path: Path, fault: str, line: str) -> None:
     start = time.monotonic()
-    (status, text), (_, text1) = two_ranks(f"{fault}:9", "--workers", "0", "--ddp-timeout", "2")
+    (status, text), (_, text1) = two_ranks(f"{fault}:9", "--workers", "0", "--ddp-timeout", "4")
     assert status == 2 and time.monotonic() - start < 60
-    assert last_line(text).startswith("rank 0: error: rank 1") and line in last_line(text)
-    assert fault == "stop" or last_line(text1).startswith("rank 1: error: rank 1 (is in a step) has stood still")
+    # rank 1 may have come to the same conclusion a moment before and said so
+    assert last_line(text).startswith("rank 0: error: rank 1 ") and line in last_line(text)
+    assert fault == "stop" or last_line(text1).startswith("rank 1: error: rank 1 (waits for its loader) has")
     assert read_checkpoint(tmp_path / "runs" / "exp" / "weights" / "last.pt").train

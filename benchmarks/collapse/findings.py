@@ -25,10 +25,12 @@ TRAINS, STALLED, ESCAPED, DIVERGED, UNCLEAR = "trains", "stalls", "escapes", "di
 
 @dataclass(frozen=True)
 class Finding:
-    """``state``: diverges (loss or gradients stop being finite), escapes (no gradient reaches the stem, or a layer has
-    LOST its samples), stalls (its last loss is nearer to BLIND's than LEARNED), trains; "too short to say" where the
-    control is not better than a constant either. ``died_at``: step from which on it stayed so, NaN if never.
-    ``last_loss``: mean over the last fifth. ``learned``: 0 at the loss of a constant, 1 at the control's."""
+    """``state``: escapes (no gradient reaches the stem, or a layer has LOST its samples at the end, whatever becomes of
+    its constant output: BatchNorm amplifies what is left of its variance, and gradients may overflow), diverges (loss
+    or gradients stop being finite without that), stalls (its last loss is nearer to BLIND's than LEARNED), trains;
+    "too short to say" where the control is not better than a constant either. ``died_at``: step from which on it
+    stayed so, NaN if never. ``last_loss``: mean over the last fifth. ``learned``: 0 at the loss of a constant, 1 at
+    the control's."""
 
     course: Course
     state: str
@@ -95,9 +97,11 @@ def _judge(course: Course, courses: dict[str, list[Course]]) -> Finding:
     broken = ~np.isfinite(columns["loss"]) | ~np.isfinite(columns["grad_norm"])
     silent = columns["stem_grad"] == 0
     lost = (course.escaped() >= LOST).any(0) if course.meta["layers"] else np.zeros(len(course.steps), bool)
+    gone = silent[-1] or _lost_now(course)
     if broken[course.steps >= window[0]].mean() >= 0.5:
-        return Finding(course, DIVERGED, _since(course, broken), first, last, learned)
-    if silent[-1] or _lost_now(course):
+        state = DIVERGED if not gone else ESCAPED
+        return Finding(course, state, _since(course, broken | silent | lost), first, last, learned)
+    if gone:
         return Finding(course, ESCAPED, _since(course, silent | lost), first, last, learned)
     state = UNCLEAR if math.isnan(learned) else TRAINS if learned >= LEARNED else STALLED
     return Finding(course, state, math.nan, first, last, learned)

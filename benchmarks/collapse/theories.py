@@ -91,14 +91,12 @@ def escape(evidence: Evidence) -> Verdict:
     peak = ", ".join(f"{f.escaped_peak:.2f}" for f in dying)
     steps = ", ".join("never" if math.isnan(step) else f"{step:.0f}" for step in left)
     numbers = f"{outcome(dying)}; most samples outside {peak}; half of a layer outside at step {steps}; "
-    numbers += f"stem gradient exactly 0: {sum(silent)} of {len(dying)}"
-    before = [f.escaped_peak >= MANY and step <= (f.died_at if math.isfinite(f.died_at) else math.inf)
-              for f, step in zip(dying, left)]  # fmt: skip
-    if all(before) and any(silent):
-        return Verdict(CONFIRMED, numbers)
+    numbers += f"stem gradient exactly 0: {sum(silent)} of {len(dying)}; "
+    numbers += f"overflowed at the end: {sum(math.isnan(f.last('grad_norm') * 0) for f in dying)} of {len(dying)}"
     if not any(f.escaped_peak >= MANY for f in dying):
         return Verdict(REFUTED, numbers)
-    return Verdict(PARTLY, numbers)
+    first = all(step <= f.died_at for f, step in zip(dying, left))  # never for those that only stall
+    return Verdict(CONFIRMED if first else PARTLY, numbers)
 
 
 def offset_rate(evidence: Evidence) -> Verdict:
@@ -213,7 +211,7 @@ class Theory:
 
 
 THEORIES = (
-    Theory("A", "escape", "a layer's samples leave the image before the loss stalls; the stem's gradient is then 0",
+    Theory("A", "escape", "samples of a layer leave the image before it dies; then the stem's gradient is 0 or overflows",
            escape),
     Theory("B", "rate of the offsets", "offset rate x0.1 or x0.01 cures, and so does every rate x0.1", offset_rate),
     Theory("C", "bias warm-up", "offset biases move first; without their warm-up it trains", bias_warmup),

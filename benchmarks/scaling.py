@@ -47,8 +47,11 @@ class Case:
 def cases(args: argparse.Namespace, gpus: int) -> list[Case]:
     """What is measured on so many GPUs: weak and strong scaling, each kind of steps; the loader at --batch only."""
     batches = dict.fromkeys([args.batch, args.total // gpus])
-    found = [Case(cfg, batch, step, "resident") for cfg in args.cfg for batch in batches for step in args.step]
-    return found + [Case(cfg, args.batch, step, "loader") for cfg in args.cfg for step in args.step if args.data]
+    found = []
+    for step in args.step:
+        found += [Case(cfg, batch, step, "resident") for cfg in args.cfg for batch in batches]
+        found += [Case(cfg, args.batch, step, "loader") for cfg in args.cfg if args.data]
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -56,7 +59,8 @@ def cases(args: argparse.Namespace, gpus: int) -> list[Case]:
 
 
 def work(args: argparse.Namespace) -> None:
-    """All cases of this number of GPUs; rank 0 writes the results to --json."""
+    """All cases of this number of GPUs; rank 0 writes the results to --json, anew after each: one that fails leaves
+    those before it."""
     import torch
 
     from utils.console import setup_console
@@ -70,17 +74,19 @@ def work(args: argparse.Namespace) -> None:
         torch.cuda.set_device(device)
     else:
         torch.set_num_threads(1)
-    results = []
+    results, link = [], link_speed(world, device, args.message_mb)
     with tempfile.TemporaryDirectory() as folder:
         for case in cases(args, world.size):
             results.append(measure(case, args, world, device, Path(folder)))
             if world.main:
                 print(json.dumps(results[-1]), flush=True)
-    link = link_speed(world, device, args.message_mb)
-    if world.main:
-        text = {"results": results, "link": link, "device": describe(device)}
-        Path(args.json).write_text(json.dumps(text))
+                save(args, results, link, device)
     close_distributed(world)
+
+
+def save(args: argparse.Namespace, results: list[dict[str, Any]], link: Any, device: Any) -> None:
+    text = {"results": results, "link": link, "device": describe(device)}
+    Path(args.json).write_text(json.dumps(text))
 
 
 def describe(device: Any) -> str:
@@ -389,12 +395,19 @@ def main() -> None:
     args = parse()
     if args.worker:
         return work(args)
-    gathered: dict[str, Any] = {"results": [], "link": {}}
+    gathered: dict[str, Any] = {"results": [], "link": {}, "device": "?"}
+    failed = False
     with tempfile.TemporaryDirectory() as folder:
         for gpus in args.gpus:
             file = Path(folder) / f"{gpus}.json"
             own = ["-m", "benchmarks.scaling", *sys.argv[1:], "--worker", "--json", str(file)]
-            torchrun(gpus, [*own, "--total", str(args.total)])
+            try:
+                torchrun(gpus, [*own, "--total", str(args.total)])
+            except SystemExit as error:
+                print(error, file=sys.stderr)
+                failed = True
+            if not file.is_file():
+                continue
             part = json.loads(file.read_text())
             gathered["results"] += part["results"]
             gathered["link"][gpus], gathered["device"] = part["link"], part["device"]
@@ -406,6 +419,8 @@ def main() -> None:
         if link:
             rate = f"{link['bus_gb_per_second']:.1f} GB/s a link of a ring"
             print(f"\nAll-reduce of {link['megabytes']:g} MB over {gpus}: {link['ms']:.2f} ms, {rate}")
+    if failed:
+        sys.exit("some cases are missing, see above")
 
 
 if __name__ == "__main__":

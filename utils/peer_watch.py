@@ -125,7 +125,7 @@ class PeerWatch:
     def __enter__(self) -> PeerWatch:
         if not self.watching:
             return self
-        self._store = self._store or _second_connection()
+        self._store = self._store or _second_connection(max(20.0, self.patience))
         self._key = f"peers/{broadcast(uuid.uuid4().hex, self.world)}"  # an earlier start may have left its signs
         self._tell()
         gather(None, self.world)  # from here on everyone's sign can be read without waiting
@@ -255,10 +255,10 @@ class _Watched:
 _STORE_ERRORS = (dist.DistError, RuntimeError, ConnectionError)
 
 
-def _second_connection() -> dist.Store:
+def _second_connection(timeout: float) -> dist.Store:
     """To the store of the process group; its own connection may be taken by a main thread that waits in it."""
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    return dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=20))
+    return dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=timeout))
 
 
 def _store_is_gone() -> str:

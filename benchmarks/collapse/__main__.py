@@ -95,7 +95,11 @@ def _share(processes: int, flags: Sequence[str]) -> None:
     with tempfile.TemporaryDirectory() as claims:
         command = [sys.executable, "-m", "benchmarks.collapse", *flags, "--parallel", "1", "--claims", claims]
         children = [subprocess.Popen(command) for _ in range(processes)]
-        failed = [child.wait() for child in children]
+        try:
+            failed = [child.wait() for child in children]
+        finally:  # after Ctrl-C or a timeout they would go on
+            for child in children:
+                child.terminate()
     if any(failed):
         print(f"benchmarks.collapse: processes ended with {failed}; the report is of what they left", file=sys.stderr)
 

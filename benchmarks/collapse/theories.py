@@ -211,8 +211,8 @@ class Theory:
 
 
 THEORIES = (
-    Theory("A", "escape", "samples of a layer leave the image before it dies; then the stem's gradient is 0 or overflows",
-           escape),
+    Theory("A", "escape", "samples of a layer leave the image before it dies; the stem's gradient is then 0, or it "
+           "overflows", escape),
     Theory("B", "rate of the offsets", "offset rate x0.1 or x0.01 cures, and so does every rate x0.1", offset_rate),
     Theory("C", "bias warm-up", "offset biases move first; without their warm-up it trains", bias_warmup),
     Theory("D", "no norm or activation", "BatchNorm and SiLU after DCN alone cure", no_norm),

@@ -25,7 +25,8 @@ from comparison.trainings import POLL, Job, Settings, end_all, ended, start
 from utils.config import DataConfig
 from utils.console import LOGGER
 
-SHARED = ("--cache", "ram", "--patience", "0")
+SHARED = ("--cache", "ram", "--patience", "0", "--noautoanchor")
+"""Anchors stay the YAML's: those that AutoAnchor finds differ from seed to seed, and from those of the start."""
 ONCE = ("--noval",)  # the last epoch decides: the largest of many validations is biased, and they take time
 LEAST_SHARE = 0.7
 """Of the median training's time: with less left, none is begun any more."""

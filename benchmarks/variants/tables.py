@@ -91,17 +91,19 @@ def _ratios(costs: Mapping[str, float] | None) -> list[str]:
 
 def recipe_table(tasks: Sequence[Task], every: int = 5) -> str:
     """mAP50-95 in points along the epochs, for each recipe; ``mean``: over all epochs, what learning sooner raises;
-    ``drops``: how far it fell from one epoch to the next, summed: how erratic it is."""
-    rows = []
+    ``drops``: how far it fell from one epoch to the next, summed: how erratic it is. Below, epoch by epoch."""
+    rows, curves = [], []
     for task in tasks:
         points = [100 * value for value in curve(task)] if task.kind == "recipe" else []
         if points:
             shown = [f"{value:.1f}" for value in points[every - 1 :: every]]
             drops = sum(max(a - b, 0) for a, b in zip(points, points[1:]))
             rows.append([task.folder.path.name, task.run.name, *shown, statistics.fmean(points), drops])
+            curves.append(f"{task.folder.path.name} {task.run}: {' '.join(f'{value:.1f}' for value in points)}")
     longest = max((len(row) for row in rows), default=4) - 4
     rows = [[*row[:-2], *["-"] * (longest + 4 - len(row)), *row[-2:]] for row in rows]
-    return table(["recipe", "run", *(f"epoch {every * (i + 1)}" for i in range(longest)), "mean", "drops"], rows)
+    text = table(["recipe", "run", *(f"epoch {every * (i + 1)}" for i in range(longest)), "mean", "drops"], rows)
+    return "\n\n".join([text, *curves])
 
 
 def write_ledger(path: Path, tasks: Sequence[Task], device: str, costs: Sequence[Mapping[str, object]]) -> int:

@@ -70,8 +70,6 @@ def compare(curves: dict[int, list[dict[str, float]]]) -> str:
 
 def validate(args: argparse.Namespace) -> None:
     """In each process: the checkpoint by all ranks, then by rank 0; rank 0 prints both."""
-    import torch
-
     from engine.evaluator import evaluate
     from models.loading import load_model
     from utils.config import DataConfig
@@ -101,8 +99,7 @@ def validate(args: argparse.Namespace) -> None:
     for label, who in ((f"{world.size} ranks", world), ("one rank", World())):
         if who.size == world.size or world.main:
             loader = create_dataloader(images, args.val_batch, workers=args.workers, world=(who.rank, who.size))
-            with torch.inference_mode():
-                metrics = evaluate(model, loader, device=device, names=data.names, world=who, show_progress=False)
+            metrics = evaluate(model, loader, device=device, names=data.names, world=who, show_progress=False)
             if metrics is not None:
                 rows.append([label, metrics.images, *[f"{value:.6f}" for value in metrics.row()[:4]]])
     if world.main:

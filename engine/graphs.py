@@ -8,6 +8,7 @@ differs from batch to batch, is rounded up with rows that match nothing (:func:`
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -53,9 +54,12 @@ class StepGraphs:
     """
 
     def __init__(self, step: Callable[[Tensor, Tensor], LossParts]) -> None:
-        self._recorded: dict[tuple[int, ...], _Recorded] = {}  # first: the graphs are to go before their pool
+        self._recorded: dict[tuple[int, ...], _Recorded] = {}
         self._met: set[tuple[int, ...]] = set()
         self._pool, self._stream = torch.cuda.MemPool(), torch.cuda.Stream()
+        # torch ends the process over a pool that goes before its graphs, and where an error's traceback holds both
+        # the garbage collector keeps to no order
+        weakref.finalize(self, _let_go, self._recorded, [self._pool])
         self._step, self._enabled = step, True
 
     def __call__(self, images: Tensor, targets: Tensor, usual: bool = False) -> LossParts:
@@ -108,6 +112,12 @@ class StepGraphs:
             self._enabled = False
             return None
         return _Recorded(graph, images, targets, parts)
+
+
+def _let_go(recorded: dict, pools: list) -> None:
+    """The graphs, then the pool that they hold memory of."""
+    recorded.clear()
+    pools.clear()
 
 
 def _detached(parts: LossParts) -> LossParts:

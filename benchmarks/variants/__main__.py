@@ -21,7 +21,7 @@ from benchmarks.report import cpu_name, heading
 from benchmarks.variants import tables
 from benchmarks.variants.costs import measure_costs, read_rows
 from benchmarks.variants.models import PLAIN, VARIANTS, check_names
-from benchmarks.variants.study import Study, Task, tasks_of, train_until
+from benchmarks.variants.study import Study, Task, scores_on_test, tasks_of, train_until
 from comparison.trainings import Settings
 from utils.cli import Parser
 from utils.console import LOGGER, plural, setup_console
@@ -58,7 +58,8 @@ def build_parser() -> Parser:
     how.add_argument("--start-workers", type=int, default=4, help="loader processes of the first; others have one")
     how.add_argument("--cost", nargs="*", type=int, default=[], metavar="IMGSZ", help="time steps and passes at it")
     how.add_argument("--cost-minutes", type=float, default=2.0, help="after which no further variant is timed")
-    how.add_argument("--no-train", action="store_true", help="only --cost, and the report on what is there")
+    how.add_argument("--test", nargs="+", default=[], metavar="NAME", help="score these on the test split in the end")
+    how.add_argument("--no-train", action="store_true", help="only --cost, --test and the report on what is there")
     how.add_argument("--project", default="runs/variants")
     how.add_argument("--ledger", default="", metavar="CSV", help="default: PROJECT/ledger.csv")
     how.add_argument("--device", default="", help="cpu, 0; default: the first GPU, else the CPU")
@@ -105,6 +106,7 @@ def main(argv: Sequence[str]) -> int:
     args = build_parser().parse_args(argv)
     setup_console()
     study, device = study_from(args), select_device(args.device)
+    finalists = check_names(args.test, "--test")
     tasks = tasks_of(study, args.start_workers)
     where = f"{describe_device(device)}; {cpu_name()}; {plural(args.jobs, 'training')} at a time"
     if args.cost:
@@ -116,12 +118,17 @@ def main(argv: Sequence[str]) -> int:
             settings = Settings(jobs=args.jobs, devices=(args.device,))
             failed = train_until(tasks, settings, start + 60 * args.minutes)
     finally:
-        report(study, tasks, where, failed, Path(args.ledger or study.project / "ledger.csv"), describe_device(device))
+        report(study, tasks, where, failed)
+        ledger = Path(args.ledger or study.project / "ledger.csv")
+        keep(study, tasks, ledger, describe_device(device), {})  # at once: the test split takes a while
+        tested = [t for t in tasks if t.kind == "tuned" and t.run.model in finalists and t.finished]
+        if tested:
+            keep(study, tasks, ledger, describe_device(device), scores_on_test(tested, args.jobs, args.device))
     return 1 if failed else 0
 
 
-def report(study: Study, tasks: Sequence[Task], where: str, failed: dict[str, str], ledger: Path, device: str) -> None:
-    """Print and write PROJECT/report.md, and add to the ledger."""
+def report(study: Study, tasks: Sequence[Task], where: str, failed: dict[str, str]) -> None:
+    """Print and write PROJECT/report.md."""
     costs = read_rows(study.project / "costs.csv")
     sizes = sorted({int(row["imgsz"]) for row in costs}) or [study.imgsz]
     ratios = tables.cost_ratios(costs, sizes[-1])
@@ -138,7 +145,15 @@ def report(study: Study, tasks: Sequence[Task], where: str, failed: dict[str, st
     text = "\n\n".join(parts) + "\n"
     print(text)
     atomic_write(study.project / "report.md", text)
-    count = tables.write_ledger(ledger, tasks, device, [row for row in costs if int(row["imgsz"]) == sizes[-1]])
+
+
+def keep(study: Study, tasks: Sequence[Task], ledger: Path, device: str, tests: tables.Tests) -> None:
+    """Add what is finished to the ledger and say what the test split said."""
+    costs = read_rows(study.project / "costs.csv")
+    largest = max((int(row["imgsz"]) for row in costs), default=0)
+    count = tables.write_ledger(ledger, tasks, device, [row for row in costs if int(row["imgsz"]) == largest], tests)
+    for task, (map50, map_) in tests.items():
+        LOGGER.info(f"test: {task}: mAP50 {100 * map50:.1f}, mAP50-95 {100 * map_:.1f}")
     LOGGER.info(f"{ledger}: {plural(count, 'row')}")
 
 

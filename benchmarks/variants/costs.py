@@ -52,10 +52,10 @@ def measure_costs(
             cfg = cfgs[PLAIN if name == "plain again" else name]
             rows.append({"variant": name, "imgsz": imgsz, **_costs(cfg, data, imgsz, batch, device)})
             LOGGER.info(" ".join(f"{key}={_short(value)}" for key, value in rows[-1].items()))
+            write_rows(project / "costs.csv", COLUMNS, rows)
             gc.collect()
             if device.type == "cuda":
                 torch.cuda.empty_cache()
-    write_rows(project / "costs.csv", COLUMNS, rows)
     return rows
 
 

@@ -14,11 +14,14 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import groupby, islice
 from pathlib import Path
+from types import SimpleNamespace
 
+from benchmarks.seeds import scores
 from benchmarks.variants.models import PLAIN, VARIANTS, write_cfgs
 from comparison.plan import Folder, Plan, Run, begin
 from comparison.trainings import POLL, Job, Settings, end_all, ended, start
@@ -126,6 +129,25 @@ def _recipes(study: Study, cfgs: dict[str, str]) -> Iterator[Task]:
         folder = Folder(study.project / f"recipe-{recipe}")
         for run in plan.runs:
             yield Task("recipe", study.recipe_data, folder, plan, run, workers=2)
+
+
+def scores_on_test(tasks: Sequence[Task], jobs: int, device: str) -> dict[str, tuple[float, float]]:
+    """(mAP50, mAP50-95), 0..1, of the best.pt of finished trainings on the test split, by task, from val.py; those that
+    val.py could not score are told of and left out."""
+
+    def score(task: Task) -> tuple[float, float] | None:
+        place = SimpleNamespace(
+            data=task.plan.data, imgsz=task.plan.imgsz, project=str(task.folder.path), device=device
+        )
+        try:
+            return scores(place, task.folder.best(task.run), "test")
+        except SystemExit as error:
+            LOGGER.warning(f"{task}: {error}")
+            return None
+
+    with ThreadPoolExecutor(jobs) as pool:
+        found = dict(zip(map(str, tasks), pool.map(score, tasks)))
+    return {task: values for task, values in found.items() if values is not None}
 
 
 def train_until(tasks: Sequence[Task], settings: Settings, deadline: float) -> dict[str, str]:

@@ -21,11 +21,13 @@ LEDGER = (
     "date", "device", "study", "set", "variant", "seed", "epochs", "imgsz", "batch", "start", "mAP50", "mAP50-95",
     "test_mAP50", "test_mAP50-95", "train_s", "s_per_epoch", "step_ms", "infer1_ms", "command",
 )  # fmt: skip
-"""Scores are of 0..1, those of the last epoch on val; the test split's are filled in for finalists, by `val.py --task
-test` or compare.py."""
+"""Scores are of 0..1, those of the last epoch on val; on test, which chooses nothing, those of --test."""
+ON_TEST = ("test_mAP50", "test_mAP50-95")
 RATES = ("step_ms", "infer1_ms", "infer16_ms")
 
 Costs = Mapping[str, Mapping[str, float]]
+Tests = Mapping[str, tuple[float, float]]
+"""Of study.scores_on_test."""
 
 
 def curve(task: Task, column: str = "metrics/mAP_0.5:0.95") -> list[float]:
@@ -106,15 +108,18 @@ def recipe_table(tasks: Sequence[Task], every: int = 5) -> str:
     return "\n\n".join([text, *curves])
 
 
-def write_ledger(path: Path, tasks: Sequence[Task], device: str, costs: Sequence[Mapping[str, object]]) -> int:
+def write_ledger(
+    path: Path, tasks: Sequence[Task], device: str, costs: Sequence[Mapping[str, object]], tests: Tests
+) -> int:
     """Add a row for each finished training to the CSV at ``path``; one of the same study, command, date and device is
     replaced. Returns how many there are."""
-    by_variant = {str(row["variant"]): row for row in costs}
+    by_variant = {str(row["variant"]): dict(row) for row in costs}
     rows = {_key(row): row for row in read_rows(path)}
     for task in tasks:
         if task.finished and curve(task):
-            row = ledger_row(task, device, by_variant.get(task.run.model, {}))
-            rows[_key(row)] = row
+            row = ledger_row(task, device, by_variant.get(task.run.model, {}), tests.get(str(task)))
+            before = rows.get(_key(row), {})
+            rows[_key(row)] = row | {name: before.get(name, "") for name in ON_TEST if row[name] == ""}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_rows(path, LEDGER, list(rows.values()))
     return len(rows)
@@ -124,7 +129,9 @@ def _key(row: Mapping[str, object]) -> tuple[str, ...]:
     return tuple(str(row[name]) for name in ("date", "device", "study", "command"))
 
 
-def ledger_row(task: Task, device: str, cost: Mapping[str, object]) -> dict[str, object]:
+def ledger_row(
+    task: Task, device: str, cost: Mapping[str, object], test: tuple[float, float] | None
+) -> dict[str, object]:
     """The training in LEDGER's columns."""
     plan, run = task.plan, task.run
     seconds = read_seconds(task.folder.seconds(run))
@@ -137,4 +144,6 @@ def ledger_row(task: Task, device: str, cost: Mapping[str, object]) -> dict[str,
         "train_s": seconds, "s_per_epoch": seconds / plan.epochs, "command": shlex.join(["train.py", *flags]),
     }  # fmt: skip
     values |= {name: cost[name] for name in ("step_ms", "infer1_ms") if name in cost}
+    if test:
+        values |= dict(zip(ON_TEST, test))
     return {name: values.get(name, "") for name in LEDGER}

@@ -10,6 +10,7 @@ import torch
 
 from benchmarks.variants import tables
 from benchmarks.variants.__main__ import build_parser, study_from
+from benchmarks.variants.costs import read_rows
 from benchmarks.variants.models import PLAIN, VARIANTS, check_names, write_cfgs
 from benchmarks.variants.study import Study, Task, tasks_of, train_until
 from comparison.trainings import Settings
@@ -83,10 +84,11 @@ def test_all_are_trained_and_reported(tmp_path: Path, fake_train: Path) -> None:
     text = tables.tuned_table(tasks, "tuned", tables.cost_ratios(costs, 64))
     (row,) = [line for line in text.splitlines() if "| c3-8 |" in line]
     assert row.endswith("| 31.1 | 41.0 | 4 | +1.00 | 0.00 | 4/4 | 1.50 | 1.00 | 1.00 |")
-    ledger = tmp_path / "ledger.csv"
-    assert tables.write_ledger(ledger, tasks, "a GPU", costs) == len(tasks)
-    assert tables.write_ledger(ledger, tasks, "a GPU", costs) == len(tasks)  # the same ones
+    ledger, tests = tmp_path / "ledger.csv", {str(tasks[-1]): (0.5, 0.25)}
+    assert tables.write_ledger(ledger, tasks, "a GPU", costs, tests) == len(tasks)
+    assert tables.write_ledger(ledger, tasks, "a GPU", costs, {}) == len(tasks)  # the same ones
     assert "--dcn-offset-lr 1" in ledger.read_text()
+    assert [row["test_mAP50-95"] for row in read_rows(ledger)].count("0.25") == 1
 
 
 def test_the_end_of_the_time_leaves_nothing_half_done(

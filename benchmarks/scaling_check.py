@@ -39,7 +39,7 @@ def train_once(gpus: int, args: argparse.Namespace, hyp: Path, project: Path) ->
         "--cfg",
         f"{args.cfg}.yaml",
         "--weights",
-        args.start,
+        args.begin_with,
         "--hyp",
         str(hyp),
         "--img",
@@ -115,7 +115,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--gpus", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--data", default="bccd.yaml")
     parser.add_argument("--cfg", default="yolov5s-dcn")
-    parser.add_argument("--start", default="", metavar="FILE", help="weights to start from; default: random ones")
+    parser.add_argument("--begin-with", default="", metavar="FILE", help="weights to start from; default: random ones")
     parser.add_argument("--imgsz", type=int, default=320)
     parser.add_argument("--batch", type=int, default=32, help="images over all GPUs")
     parser.add_argument("--val-batch", type=int, default=16, help="images of a validation batch")

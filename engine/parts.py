@@ -23,7 +23,7 @@ from utils.config import DataConfig, Hyp, TrainConfig
 from utils.console import LOGGER, plural
 from utils.dataloaders import DetectionLoader, create_dataloader
 from utils.dataset import DetectionDataset, class_weights, image_weights
-from utils.device import amp_dtype
+from utils.device import amp_dtype, graphs_allowed
 from utils.dist import World, broadcast, main_first, share_weights
 from utils.ema import ModelEMA
 from utils.errors import ConfigError
@@ -283,15 +283,12 @@ def over_ranks(model: nn.Module, device: torch.device, world: World) -> nn.Modul
 
 
 def uses_graphs(cfg: TrainConfig, device: torch.device, world: World) -> bool:
-    """Whether steps become CUDA graphs: by default on one GPU. ConfigError where they cannot and were asked for."""
-    obstacle = ""
-    if device.type != "cuda":
-        obstacle = f"they need a CUDA device, not {device.type}"
-    elif world.size > 1:
-        obstacle = "they are for training in one process"
-    if obstacle and cfg.cuda_graphs == "on":
-        raise ConfigError(f"--cuda-graphs on: {obstacle}")
-    return not obstacle and cfg.cuda_graphs != "off"
+    """Whether steps become CUDA graphs: by default on one GPU, over several where they were asked for. ConfigError
+    where they were and cannot be."""
+    if cfg.cuda_graphs == "auto" and world.size > 1:
+        return False
+    obstacle = "--sync-bn sends messages in the middle of a step" if cfg.sync_bn and world.size > 1 else ""
+    return graphs_allowed(cfg.cuda_graphs, device, obstacle)
 
 
 def draw_weights(train: DetectionDataset, class_maps: list[float], nc: int) -> np.ndarray:

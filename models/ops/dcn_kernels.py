@@ -6,7 +6,9 @@ program owns a patch of BM outputs, TW wide, of one image, so that the
 samples of neighbours meet in the cache.
 
 The C channels are cut into segments of CS, the greatest common divisor of a weight group's and an offset group's
-size: within a segment both are constant. Coordinates, bilinear weights and sums are float32 whatever x is.
+size: within a segment both are constant. Bilinear weights and sums are float32 whatever x is. Fractions are those of
+the offsets, and whole pixels are counted apart, so that nothing is rounded where an offset meets its coordinate: at 320
+pixels float32 would lose 5 digits of the fraction there.
 
 A sample counts where -1 <= y < H and -1 <= x < W; a corner outside the image is 0 and is not read. Exactly at -1 the
 value is 0 and the derivative one-sided, as torchvision's. A NaN coordinate fails every comparison, so that nothing is
@@ -56,19 +58,19 @@ def _place(
 def _locate(dy, dx, mask, live, row, column, tap, H, W, SH, SW, PH, PW, DH, DW, KW):
     """Where tap ``tap`` samples: the upper left corner (y0, x0), the fractions (ly, lx), whether each of the rows and
     columns around it exists, and the mask."""
-    y = (row * SH - PH + (tap // KW) * DH).to(tl.float32) + dy
-    x = (column * SW - PW + (tap % KW) * DW).to(tl.float32) + dx
-    mask = tl.where((y == y) & (x == x), mask, float("nan"))
-    inside = live & (y >= -1) & (y < H) & (x >= -1) & (x < W)
-    y = tl.where(inside, y, 0.0)
-    x = tl.where(inside, x, 0.0)
-    fy = tl.floor(y)
-    fx = tl.floor(x)
-    y0 = fy.to(tl.int32)
-    x0 = fx.to(tl.int32)
+    row = row * SH - PH + (tap // KW) * DH
+    column = column * SW - PW + (tap % KW) * DW
+    mask = tl.where((dy == dy) & (dx == dx), mask, float("nan"))
+    inside = live & (dy >= -1 - row) & (dy < H - row) & (dx >= -1 - column) & (dx < W - column)
+    dy = tl.where(inside, dy, 0.0)
+    dx = tl.where(inside, dx, 0.0)
+    fy = tl.floor(dy)
+    fx = tl.floor(dx)
+    y0 = tl.where(inside, row, 0) + fy.to(tl.int32)
+    x0 = tl.where(inside, column, 0) + fx.to(tl.int32)
     top = inside & (y0 >= 0)
     bottom = inside & (y0 + 1 < H)
-    return y0, x0, y - fy, x - fx, top, bottom, x0 >= 0, x0 + 1 < W, mask
+    return y0, x0, dy - fy, dx - fx, top, bottom, x0 >= 0, x0 + 1 < W, mask
 
 
 @triton.jit

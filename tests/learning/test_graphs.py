@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -64,8 +66,9 @@ def test_where_graphs_are_used() -> None:
     assert not uses_graphs(cfg["auto"], cuda, World(size=2))
     with pytest.raises(ConfigError, match="--cuda-graphs on: they need a CUDA device, not cpu"):
         uses_graphs(cfg["on"], cpu, World())
-    with pytest.raises(ConfigError, match="--cuda-graphs on: they are for training in one process"):
-        uses_graphs(cfg["on"], cuda, World(size=2))
+    assert uses_graphs(cfg["on"], cuda, World(size=2))
+    with pytest.raises(ConfigError, match="--cuda-graphs on: --sync-bn sends messages in the middle of a step"):
+        uses_graphs(replace(cfg["on"], sync_bn=True), cuda, World(size=2))
     with pytest.raises(ConfigError, match="--cuda-graphs maybe: choose auto, on or off"):
         TrainConfig(cuda_graphs="maybe")
 

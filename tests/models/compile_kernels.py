@@ -35,7 +35,7 @@ def signature(kernel, dtype: torch.dtype) -> dict[str, str]:
 def compiled(kernel, geometry: Geometry, dtype: torch.dtype, tiles: dict, extra: dict, capability: int):
     tiles = {k: v for k, v in tiles.items() if k != "PROGRAMS"}
     options = {k: tiles.pop(k) for k in ("num_warps", "num_stages")}
-    constants = {**dcn_launch.constants(geometry), **tiles, **extra, "PRECISION": "ieee"}
+    constants = {**dcn_launch.constants(geometry), **tiles, "PRECISION": "ieee", **extra}
     types = signature(kernel, dtype)
     if extra.get("SHARES", 1) > 1:
         types["out"] = "*fp32"
@@ -48,14 +48,15 @@ def main() -> None:
     for capability in map(int, sys.argv[1:]):
         shared = SHARED[capability]
         for dtype, channels, outputs in CASES:
+            precision = {"PRECISION": "tf32x3" if dtype == torch.float32 else "ieee"}  # as gradient_precision()
             x, weight = torch.empty(1, channels, 1, 1), torch.empty(outputs, channels, 3, 3)
             geometry = Geometry.of(x, weight, (2, 2), (1, 1), (1, 1), 1, True)
             forward = dcn_launch.forward_tiles(geometry, dtype, shared)
             for kernel, tiles, extra in (
                 (kernels.forward, forward, {"HAS_BIAS": True, "SILU": True, "SHARES": 1}),
                 (kernels.forward, forward, {"HAS_BIAS": False, "SILU": False, "SHARES": 9}),
-                (kernels.backward_input, dcn_launch.input_tiles(geometry, dtype, shared), BACKWARD),
-                (kernels.backward_weight, dcn_launch.weight_tiles(geometry, dtype), {"SPLITS": 8}),
+                (kernels.backward_input, dcn_launch.input_tiles(geometry, dtype, shared), {**BACKWARD, **precision}),
+                (kernels.backward_weight, dcn_launch.weight_tiles(geometry, dtype), {"SPLITS": 8, **precision}),
             ):
                 used = compiled(kernel, geometry, dtype, tiles, extra, capability).metadata.shared
                 name = (

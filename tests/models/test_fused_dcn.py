@@ -101,6 +101,18 @@ def test_half_precision_keeps_float32_coordinates(device: str) -> None:
     assert relative(got.cpu(), expected) < 1e-3
 
 
+def test_fractions_keep_their_digits_far_from_the_first_pixel(device: str) -> None:
+    """Row 2000 in float32 has steps of 1e-4, so that a sum of coordinate and offset loses what this does not."""
+    g = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(1, 2, 2048, 3, generator=g), torch.randn(3, 2, 3, 3, generator=g)
+    offset, mask = torch.randn(1, 18, 16, 3, generator=g) * 1.5, torch.rand(1, 9, 16, 3, generator=g)
+    tensors, geometry = [x, offset, mask, weight, None], ((128, 1), (1, 1), (1, 1))
+    agree(tensors, geometry, device, torch.float32, 1e-6)
+    exact = [None if t is None else t.double() for t in tensors]
+    theirs, expected = (deform_conv2d(*each, *geometry, backend="torchvision") for each in (tensors, exact))
+    assert relative(theirs, expected) > 1e-5
+
+
 @given(data=st.data())
 @settings(max_examples=12, deadline=None, derandomize=True, database=None)
 def test_any_shape(device: str, data: st.DataObject) -> None:

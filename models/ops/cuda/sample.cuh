@@ -77,15 +77,15 @@ DEVICE Sample place(const Args &a, const Tile &tile, int s, int &y0, int &x0) {
   float dy = read_raw(a.raw, at + 2 * tap), dx = read_raw(a.raw, at + 2 * tap + 1);
   r.mask = read_raw(a.raw, at + 2 * K + tap);
   if (LOGITS) r.mask = 1.f / (1.f + expf(-r.mask));
-  float y = (float)((tile.row + m / 8) * SH - PH + tap / 3 * DH) + dy;
-  float x = (float)((tile.column + m % 8) * SW - PW + tap % 3 * DW) + dx;
-  if (!(y == y && x == x)) r.mask = as_float(0x7fc00000u);
-  if (!(y >= -1.f && y < (float)a.H && x >= -1.f && x < (float)a.W)) return r;
-  float fy = floorf(y), fx = floorf(x);
-  y0 = (int)fy;
-  x0 = (int)fx;
-  r.ly = y - fy;
-  r.lx = x - fx;
+  int row = (tile.row + m / 8) * SH - PH + tap / 3 * DH, column = (tile.column + m % 8) * SW - PW + tap % 3 * DW;
+  if (!(dy == dy && dx == dx)) r.mask = as_float(0x7fc00000u);
+  bool inside = dy >= (float)(-1 - row) && dy < (float)(a.H - row) && dx >= (float)(-1 - column) && dx < (float)(a.W - column);
+  if (!inside) return r;
+  float fy = floorf(dy), fx = floorf(dx);  // of the offsets, as in dcn_kernels.py
+  y0 = row + (int)fy;
+  x0 = column + (int)fx;
+  r.ly = dy - fy;
+  r.lx = dx - fx;
   r.code = (y0 * a.W + x0) * 16 + (y0 >= 0 ? TOP : 0) + (y0 + 1 < a.H ? BOTTOM : 0) + (x0 >= 0 ? LEFT : 0) +
            (x0 + 1 < a.W ? RIGHT : 0);
   return r;

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from utils import coco, coco_ap, curves
+from utils import coco, curves
 from utils.background import Background
 from utils.console import LOGGER
 from utils.files import atomic_write
@@ -77,10 +77,13 @@ class CocoCollector:
 
     def stats(self, annotations: Path | None = None) -> dict[str, float]:
         """COCO's numbers, against this annotation file, or against the labels seen during the evaluation."""
-        if annotations is not None:
-            return coco.evaluate_coco(coco.load_annotations(annotations), self.entries)
-        detections, labels = zip(*((r.detections.numpy(), r.labels.numpy()) for r in self._results))
-        return dict(zip(coco.STATS, coco_ap.coco_stats(detections, labels, len(self.names))))
+        if annotations is None:
+            ids = coco.image_ids([r.path for r in self._results])
+            sizes, labels = [r.size for r in self._results], [r.labels for r in self._results]
+            truth = coco.ground_truth(ids, sizes, labels, self.names, self.categories)
+        else:
+            truth = coco.load_annotations(annotations)
+        return coco.evaluate_coco(truth, self.entries)
 
 
 class BatchPictures:

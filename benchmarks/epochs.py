@@ -98,6 +98,8 @@ def run_once(flags: list[str]) -> tuple[dict[str, float], list[float], float]:
         result = json.loads(report.read_text(encoding="utf-8"))
     seconds = {**result["seconds"], "exit": ended - result["ended"]}
     seconds["other"] = ended - begun - sum(seconds.values())
+    told = ", ".join(f"{part} {took:.2f}" for part, took in seconds.items())
+    print(f"{ended - begun:.2f} s: {told}", file=sys.stderr, flush=True)  # a time limit then leaves something
     return seconds, result["epochs"], ended - begun
 
 

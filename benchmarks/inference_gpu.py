@@ -68,7 +68,9 @@ def seconds(what: str, weights: str, yaml: Path, graphs: str, device: str) -> tu
         raise SystemExit(done.stderr[-2000:])
     table_row = re.search(r"^\s+all\s.*$", done.stdout, re.MULTILINE)
     speed = re.search(r"Speed: (.*) per image", done.stdout)
-    return took, f"{table_row.group().split()[-1] if table_row else '-'}; {speed.group(1) if speed else ''}"
+    told = f"{table_row.group().split()[-1] if table_row else '-'}; {speed.group(1) if speed else ''}"
+    print(f"{what}, graphs {graphs}, {yaml.parent.name} images: {took:.2f} s; {told}", file=sys.stderr, flush=True)
+    return took, told
 
 
 def forward_ms(weights: str, batch: int, device: torch.device, size: tuple[int, int] = (512, 640)) -> float:

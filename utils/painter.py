@@ -1,165 +1,87 @@
 """Diagrams drawn by processes of their own, while the program goes on: matplotlib takes a second to import and a third
-of one for each figure.
-
-A painter imports neither torch nor anything else of the run. It ends when it is told to, or when the program is gone.
-``python -m utils.painter`` is the painter; it reads jobs (a JSON line, then the bytes of each array).
-"""
+of one for each figure. A painter imports neither torch nor anything else of the run."""
 
 from __future__ import annotations
 
-import contextlib
-import json
-import math
+import logging
+import multiprocessing
 import os
-import subprocess
+import signal
 import sys
 import threading
-from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import cycle
-from pathlib import Path
-from typing import Any, BinaryIO
-
-import numpy as np
+import warnings
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import AbstractContextManager, suppress
+from multiprocessing.context import SpawnContext, SpawnProcess
+from types import ModuleType
+from typing import Any
 
 from utils import curves
-from utils.errors import ResourceError, UserError
+from utils.errors import ResourceError
 
-ROOT = Path(__file__).resolve().parents[1]
-DRAWINGS = ("plot_pr_curve", "plot_confidence_curve", "plot_confusion_matrix", "plot_results", "plot_labels")
 MOST_PAINTERS = 3
 
 
-class Painters:
+class Painters(AbstractContextManager):
     """``draw`` gives a function of utils.curves to a painter and returns at once; :meth:`close`, or leaving the
-    ``with`` block, waits for all of them.
+    ``with`` block, waits for all of them. A block left by an exception ends them, as the end of the program does.
 
-    Arguments are plain data, paths and arrays. Painters start at once, as many as there are cores to spare. What one
-    could not do is raised by ``close``, as ResourceError.
+    Painters start at once, as many as there are cores to spare. What one could not do is raised by ``close``.
     """
 
     def __init__(self, cores: int | None = None) -> None:
-        cores = cores or os.cpu_count() or 1
-        self._painters = [_Painter() for _ in range(max(1, min(MOST_PAINTERS, cores // 4)))]
-        self._turn = cycle(self._painters)
-        # a thread, because a pipe is full until its reader has begun
-        self._sender = ThreadPoolExecutor(1, "to the painters")
-        self._sent: list[Future] = []
+        count = max(1, min(MOST_PAINTERS, (cores or os.cpu_count() or 1) // 4))
+        context = SpawnContext()
+        context.Process = _Painter
+        self._pool = ProcessPoolExecutor(count, context, initializer=_begin, initargs=(os.getcwd(),))
+        self._drawn = [self._pool.submit(int) for _ in range(count)]  # nothing to do, but a process starts for each
 
     def draw(self, name: str, *arguments: Any) -> None:
-        """Have ``curves.<name>(*arguments)`` done, one of DRAWINGS."""
-        self._sent.append(self._sender.submit(next(self._turn).send, name, arguments))
+        """Have ``curves.<name>(*arguments)`` done. The arguments are pickled: plain data, paths and arrays."""
+        with suppress(BrokenProcessPool):  # the run goes on: close() tells
+            self._drawn.append(self._pool.submit(getattr(curves, name), *arguments))
 
     def close(self) -> None:
         """Wait until everything is drawn. Raises ResourceError when something could not be."""
-        for painter in self._painters:  # in so many words: loader processes hold copies of the pipe, which does not end
-            self._sent.append(self._sender.submit(painter.send, "", ()))
-        self._sender.shutdown()
-        failed = [failure for failure in [painter.finish() for painter in self._painters] if failure]
-        for job in self._sent:
-            job.result()
-        if failed:
-            raise ResourceError(failed[0])
-
-    def __enter__(self) -> Painters:
-        return self
+        try:
+            self._drawn.append(self._pool.submit(int))  # raises if a painter was lost while nothing was to be drawn
+            self._pool.shutdown()
+            for drawn in self._drawn:
+                drawn.result()
+        except BrokenProcessPool:
+            raise ResourceError("diagrams are missing: a painter was killed (is memory short?)") from None
 
     def __exit__(self, kind: type | None, *exc: object) -> None:
-        if kind is None:
-            return self.close()
-        for painter in self._painters:  # the run has failed: nobody waits for its pictures
-            painter.process.kill()
-            painter.process.wait()
-        self._sender.shutdown(wait=False, cancel_futures=True)
+        try:
+            if kind is None:
+                self.close()
+        finally:  # if the run has failed or Ctrl-C came, nobody waits for pictures
+            for process in multiprocessing.active_children():
+                if isinstance(process, _Painter):
+                    process.kill()
+            self._pool.shutdown(cancel_futures=True)
 
 
-class _Painter:
-    def __init__(self) -> None:
-        command = [sys.executable, "-m", "utils.painter", os.getcwd()]
-        # a session of its own: Ctrl-C is for the program, which ends its painters
-        self.process = subprocess.Popen(
-            command, cwd=ROOT, stdin=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
-        )
-        self._said: list[str] = []
-        self._listener = threading.Thread(target=self._listen, name="painter", daemon=True)
-        self._listener.start()
-
-    def _listen(self) -> None:
-        for line in self.process.stderr:
-            self._said.append(line.decode(errors="replace").strip())
-
-    def send(self, name: str, arguments: tuple) -> None:
-        with contextlib.suppress(OSError):  # it has ended: finish() says why
-            write_job(self.process.stdin, name, arguments)
-
-    def finish(self) -> str:
-        """Wait for the end; what went wrong, or ''."""
-        status = self.process.wait()
-        self._listener.join()
-        self.process.stderr.close()
-        with contextlib.suppress(OSError):
-            self.process.stdin.close()
-        return "" if status == 0 else next(reversed(self._said), f"a painter ended with status {status}")
+class _Painter(SpawnProcess):
+    def start(self) -> None:
+        """With a ``__main__`` that is empty: a child would run the program's file again, which may import torch or,
+        without a guard, train. And without Ctrl-C, which is for the program."""
+        main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # a child inherits it
+        try:
+            super().start()
+        finally:
+            sys.modules["__main__"] = main
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-def write_job(file: BinaryIO, name: str, arguments: tuple) -> None:
-    """A drawing's name and arguments, for :func:`read_job`."""
-    arrays: list[np.ndarray] = []
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, np.ndarray):
-            arrays.append(value)
-            return {"array": True, "type": value.dtype.str, "shape": value.shape}
-        if isinstance(value, Mapping):
-            return {"items": [[plain(key), plain(item)] for key, item in value.items()]}
-        if isinstance(value, (list, tuple)):
-            return [plain(item) for item in value]
-        return str(value) if isinstance(value, Path) else value
-
-    file.write(json.dumps({"name": name, "arguments": plain(arguments)}).encode() + b"\n")
-    for array in arrays:
-        file.write(np.ascontiguousarray(array).data.cast("B") if array.size else b"")
-    file.flush()
-
-
-def read_job(file: BinaryIO) -> tuple[str, list[Any]] | None:
-    """The next drawing; None after the last."""
-    line = file.readline()
-    job = json.loads(line) if line else {"name": ""}
-    if not job["name"]:
-        return None
-
-    def whole(value: Any) -> Any:  # arrays come in the order in which they were met
-        if isinstance(value, dict) and "array" in value:
-            kind = np.dtype(value["type"])
-            content = file.read(kind.itemsize * math.prod(value["shape"]))
-            return np.frombuffer(content, kind).reshape(value["shape"])
-        if isinstance(value, dict):
-            return {key: whole(item) for key, item in value["items"]}
-        return [whole(item) for item in value] if isinstance(value, list) else value
-
-    return job["name"], whole(job["arguments"])
-
-
-def main(folder: str) -> int:
-    """Draw what comes in, with paths below ``folder``; the exit status."""
+def _begin(folder: str) -> None:
+    os.setsid()  # a SIGTERM to the whole group is for the program, too
+    program = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (program.join(), os._exit(1)), daemon=True).start()
     os.chdir(folder)
+    warnings.simplefilter("ignore")  # matplotlib's, about letters that its font does not have
+    logging.disable(logging.WARNING)
     import matplotlib.backends.backend_agg
     import matplotlib.figure  # noqa: F401 - while the program is still starting
-
-    failure = ""
-    while job := read_job(sys.stdin.buffer):
-        name, arguments = job
-        try:
-            if name not in DRAWINGS:
-                raise UserError(f"{name}: no drawing")
-            getattr(curves, name)(*arguments)
-        except UserError as error:
-            failure = failure or str(error)
-    if failure:
-        print(failure, file=sys.stderr)
-    return 2 if failure else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))

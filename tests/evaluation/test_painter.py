@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-import io
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -11,40 +15,28 @@ import pytest
 
 from utils import curves
 from utils.errors import ResourceError
-from utils.painter import Painters, read_job, write_job
+from utils.painter import Painters
 
+ROOT = Path(__file__).resolve().parents[2]
 LABELS = np.array([[0, 0.5, 0.5, 0.2, 0.1], [1, 0.2, 0.3, 0.1, 0.1]], np.float32)
-
-
-def test_what_is_sent_arrives() -> None:
-    file = io.BytesIO()
-    first = (LABELS, {0: "a", 1: "größe"}, Path("x/labels.jpg"), [1, 2.5, float("inf")])
-    write_job(file, "plot_labels", first)
-    write_job(file, "plot_results", ({"epoch": [0], "loss": [np.float64(0.5)]}, "y"))
-    write_job(file, "", ())
-    file.seek(0)
-    name, (labels, *others) = read_job(file)
-    assert name == "plot_labels" and np.array_equal(labels, LABELS) and labels.dtype == np.float32
-    assert others == [{0: "a", 1: "größe"}, "x/labels.jpg", [1, 2.5, float("inf")]]
-    assert read_job(file) == ("plot_results", [{"epoch": [0], "loss": [0.5]}, "y"])
-    assert read_job(file) is None and read_job(file) is None
+NAMES = {0: "a", 1: "größe"}
 
 
 def test_the_same_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Relative paths are those of the program, which may change nothing about where it is."""
     monkeypatch.chdir(tmp_path)
     with Painters(cores=8) as painters:
-        painters.draw("plot_labels", LABELS, {0: "a", 1: "b"}, Path("other.png"))
+        painters.draw("plot_labels", LABELS, NAMES, Path("other.png"))
         painters.draw("plot_confidence_curve", np.linspace(0, 1, 9), np.ones((1, 9)), ["a"], "curve.png", "F1")
-    curves.plot_labels(LABELS, {0: "a", 1: "b"}, "own.png")
+    curves.plot_labels(LABELS, NAMES, "own.png")
     assert Path("other.png").read_bytes() == Path("own.png").read_bytes()
     assert Path("curve.png").is_file()
 
 
 def test_a_picture_that_cannot_be_written(tmp_path: Path) -> None:
     painters = Painters(cores=1)
-    painters.draw("plot_labels", LABELS, {0: "a", 1: "b"}, tmp_path / "no such folder" / "labels.png")
-    painters.draw("plot_labels", LABELS, {0: "a", 1: "b"}, tmp_path / "labels.png")
+    painters.draw("plot_labels", LABELS, NAMES, tmp_path / "no such folder" / "labels.png")
+    painters.draw("plot_labels", LABELS, NAMES, tmp_path / "labels.png")
     with pytest.raises(ResourceError, match="no such folder/labels.png: the picture cannot be written"):
         painters.close()
     assert (tmp_path / "labels.png").is_file()
@@ -54,16 +46,61 @@ def test_painters_end_with_a_run_that_fails(tmp_path: Path) -> None:
     start = time.perf_counter()
     with pytest.raises(KeyboardInterrupt), Painters(cores=8) as painters:
         for number in range(50):
-            painters.draw("plot_labels", LABELS, {0: "a"}, tmp_path / f"{number}.png")
+            painters.draw("plot_labels", LABELS, NAMES, tmp_path / f"{number}.png")
         raise KeyboardInterrupt
-    assert all(painter.process.returncode for painter in painters._painters)
+    assert not multiprocessing.active_children()
     assert time.perf_counter() - start < 5
 
 
-def test_a_painter_that_was_killed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("idle", [True, False], ids=["idle", "busy"])
+def test_a_painter_that_was_killed(tmp_path: Path, idle: bool) -> None:
+    """Nothing is raised where the run stands, whatever was to be drawn before and after; close() tells."""
     painters = Painters(cores=1)
-    painters._painters[0].process.kill()
-    painters._painters[0].process.wait()
-    painters.draw("plot_labels", LABELS, {0: "a", 1: "b"}, tmp_path / "labels.png")
-    with pytest.raises(ResourceError, match="a painter ended with status -9"):
+    [process] = multiprocessing.active_children()
+    if not idle:
+        painters.draw("plot_labels", np.zeros((1_000_000, 5), np.float32), NAMES, tmp_path / "labels.png")
+    process.kill()
+    process.join()
+    painters.draw("plot_labels", LABELS, NAMES, tmp_path / "labels.png")
+    with pytest.raises(ResourceError, match="a painter was killed"):
         painters.close()
+
+
+# a program without a guard: if painters ran it again, they would print, import torch and start painters of their own
+PROGRAM = """
+import os, sys
+sys.modules["torch"] = sys
+print("begun")
+from utils.painter import Painters
+with Painters(cores=1) as painters:
+    seen = painters._pool.submit(eval, "'torch' in __import__('sys').modules, __import__('os').getpid()").result()
+    print(*seen, flush=True)
+    {then}
+"""
+
+
+def test_a_painter_does_not_run_the_program_again(tmp_path: Path) -> None:
+    script = tmp_path / "program.py"
+    script.write_text(PROGRAM.format(then="pass"), encoding="utf-8")
+    said = subprocess.run([sys.executable, script], env=_environment(), capture_output=True, text=True, timeout=60)
+    assert said.stdout.splitlines()[0] == "begun" and said.stdout.splitlines()[1].startswith("False ")
+    assert (said.returncode, said.stderr, said.stdout.count("begun")) == (0, "", 1)
+
+
+def test_signals_are_for_the_program_and_painters_end_with_it(tmp_path: Path) -> None:
+    script = tmp_path / "program.py"
+    script.write_text(PROGRAM.format(then="import time; time.sleep(60)"), encoding="utf-8")
+    with subprocess.Popen([sys.executable, script], env=_environment(), stdout=subprocess.PIPE, text=True) as program:
+        program.stdout.readline()
+        painter = int(program.stdout.readline().split()[1])
+        os.kill(painter, signal.SIGINT)
+        assert os.getsid(painter) == painter and program.poll() is None
+        program.kill()
+        deadline = time.monotonic() + 10
+        while Path(f"/proc/{painter}/cmdline").exists() and Path(f"/proc/{painter}/cmdline").read_bytes():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -4,6 +4,8 @@ VENV   ?= .venv
 PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 RUN    := $(VENV)/.installed-for-running
+# processes that share out the tests of `make test`, about a GB of memory each; 0: all in one
+WORKERS ?= 2
 
 .PHONY: setup demo demo-compare test test-deploy test-slow test-gpu lint format bench fuzz faults clean
 
@@ -21,7 +23,7 @@ $(RUN): requirements.txt | $(PY)
 	touch $(RUN)
 
 test: setup lint
-	$(PY) -m pytest
+	$(PY) -m pytest --numprocesses $(WORKERS) --dist worksteal
 
 test-deploy: setup
 	$(PY) -m pytest -m deploy

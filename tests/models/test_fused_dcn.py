@@ -43,9 +43,9 @@ def fused(*args, **kwargs) -> Tensor:
     return deform_conv2d(*args, **kwargs, backend="triton")
 
 
-def agree(tensors: list[Tensor], geometry: tuple, device: str, dtype: torch.dtype, limit: float, layout=None) -> None:
+def agree(tensors: list[Tensor], geometry: tuple, device: str, dtype: torch.dtype, limit: float, layout=None) -> list:
     """Output and all gradients of the fused op on ``tensors`` rounded to dtype, against float64 on the same numbers.
-    Empty and all-zero expectations must be met exactly."""
+    Empty and all-zero expectations must be met exactly. Returns them."""
     rounded = [None if t is None else t.to(dtype) for t in tensors]
     exact = [None if t is None else t.double().requires_grad_() for t in rounded]
     expected = deform_conv2d(*exact, *geometry, backend="torchvision")
@@ -63,6 +63,7 @@ def agree(tensors: list[Tensor], geometry: tuple, device: str, dtype: torch.dtyp
     for index, (ours, reference) in enumerate(pairs):
         error = float((ours.cpu().double() - reference).norm())
         assert error <= limit * float(reference.norm()), (index, error, float(reference.norm()))
+    return [ours for ours, _ in pairs]
 
 
 @pytest.fixture(params=[1, 264], ids=["together", "dealt out"])
@@ -249,14 +250,8 @@ def test_a_pixel_that_is_not_read_harms_nothing(device: str) -> None:
 
 
 def test_deterministic_mode_agrees_and_repeats(device: str, deterministic: None) -> None:
-    tensors, geometry = make("asymmetric")
-    agree(tensors, geometry, device, torch.float32, 1e-6)
-    gradients = []
-    for _ in range(2):
-        inputs = [t.float().to(device).requires_grad_() for t in tensors]
-        fused(*inputs, *geometry).square().sum().backward()
-        gradients.append([t.grad for t in inputs])
-    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+    first, second = (agree(*make("asymmetric"), device, torch.float32, 1e-6) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e30])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import os
 import subprocess
 import tempfile
 from collections.abc import Mapping
@@ -47,7 +48,7 @@ def _compile(source: str, constants: tuple[tuple[str, int], ...]) -> Kernel:
         defines = [f"-D{name}={value}" for name, value in constants]
         defines += ["-DEMULATE", f'-DSOURCE="{source}.cu"', f"-DENTRY={source}"]
         options = ["-O1", "-w", "-std=c++17", "-shared", "-fPIC", f"-I{SOURCES}", f"-I{HERE}"]
-        part = library.with_suffix(".part")
+        part = library.with_suffix(f".{os.getpid()}.part")  # a second worker of pytest-xdist may be at it too
         command = [COMPILER, *options, *defines, str(HERE / "main.cpp"), "-o", str(part)]
         subprocess.run(command, check=True)
         part.replace(library)

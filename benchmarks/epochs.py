@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.report import cpu_name, heading, table
-from utils.errors import end_process
+from utils.errors import end_process, run_cli
 
 ROOT = Path(__file__).resolve().parents[1]
 UPSTREAM = {"yolov5s.yaml": 24.8}
@@ -79,7 +79,8 @@ def child(report: str, begun: float, flags: list[str]) -> None:
     watch.seconds["python, imports"] = time.time() - begun
     for name, part in PARTS.items():
         setattr(trainer, name, watch.timed(part, getattr(trainer, name)))
-    train.main(flags)
+    if status := run_cli(train.main, flags):
+        end_process(status)
     result = {"seconds": watch.seconds, "epochs": watch.epochs, "ended": time.time()}
     Path(report).write_text(json.dumps(result), encoding="utf-8")
     end_process(0)  # as train.py ends
@@ -94,7 +95,7 @@ def run_once(flags: list[str]) -> tuple[dict[str, float], list[float], float]:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         ended = time.time()
         if done.returncode:
-            raise SystemExit(done.stderr[-2000:])
+            raise SystemExit(done.stderr[-2000:].rstrip())
         result = json.loads(report.read_text(encoding="utf-8"))
     seconds = {**result["seconds"], "exit": ended - result["ended"]}
     seconds["other"] = ended - begun - sum(seconds.values())
@@ -117,6 +118,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="more of train.py's flags, last")
     args = parser.parse_args()
+    if args.repeats < 1:
+        parser.error(f"--repeats {args.repeats}: at least 1")
     names = ("data", "cfg", "imgsz", "batch-size", "epochs", "workers", "device")
     flags = [f"--{name}={getattr(args, name.replace('-', '_'))}" for name in names] + args.flags
     runs = [run_once(flags) for _ in range(args.repeats + 1)][1:]  # the first fills caches: labels, byte code, kernels

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -27,6 +28,7 @@ from models.forward_graphs import RECORD_AT, ForwardGraphs
 from models.loading import load_model
 from utils.config import DataConfig
 from utils.device import describe_device, select_device
+from utils.errors import run_cli
 
 ROOT = Path(__file__).resolve().parents[1]
 UPSTREAM = {"val": 8.0, "detect --nosave": 11.7, "detect": 21.9}
@@ -65,7 +67,7 @@ def seconds(what: str, weights: str, yaml: Path, graphs: str, device: str) -> tu
         )
         took = time.perf_counter() - start
     if done.returncode:
-        raise SystemExit(done.stderr[-2000:])
+        raise SystemExit(done.stderr[-2000:].rstrip())
     table_row = re.search(r"^\s+all\s.*$", done.stdout, re.MULTILINE)
     speed = re.search(r"Speed: (.*) per image", done.stdout)
     told = f"{table_row.group().split()[-1] if table_row else '-'}; {speed.group(1) if speed else ''}"
@@ -89,14 +91,18 @@ def forward_ms(weights: str, batch: int, device: torch.device, size: tuple[int, 
     return (time.perf_counter() - start) * 1000 / 50 / batch
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="bccd.yaml")
     parser.add_argument("--weights", nargs="+", required=True, metavar="NAME=FILE")
     parser.add_argument("--images", type=int, default=1640)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    if wrong := [item for item in args.weights if not item.partition("=")[2]]:
+        parser.error(f"--weights {wrong[0]}: write NAME=FILE")
+    if args.images < 2 or args.repeats < 1:
+        parser.error(f"--images {args.images}, --repeats {args.repeats}: at least 2 and 1")
     device, data = select_device(args.device), DataConfig.load(args.data)
     few = max(args.images // 4, 1)
     rows, said = [], []
@@ -128,4 +134,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_cli(main))

@@ -382,6 +382,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     args.gpus = sorted(set(args.gpus))
+    if args.gpus[0] < 1:
+        parser.error(f"--gpus {args.gpus[0]}: at least 1")
     args.cfg = [name.removesuffix(".yaml") for name in args.cfg]
     args.step = args.step or (["usual"] if args.device == "cpu" or args.sync_bn else ["usual", "graphs"])
     args.total = args.total or args.batch * args.gpus[-1]

@@ -8,6 +8,7 @@ or std::bad_cast: on the CPU as on a GPU, whatever the model (torch 2.11 and 2.1
 
 from __future__ import annotations
 
+import os
 import shlex
 import subprocess
 import tempfile
@@ -68,16 +69,22 @@ def _compiler() -> str:
     try:
         return get_cpp_compiler()
     except Exception as error:  # torch._inductor.exc.InvalidCxxCompiler, which has moved between versions
-        raise ExportError("--include aoti: compiles C++; install g++ (Debian: apt install g++)") from error
+        given = os.environ.get("CXX")
+        do = f"CXX={given} is no compiler that answers" if given else "install g++ (Debian: apt install g++)"
+        raise ExportError(f"--include aoti: compiles C++; {do}") from error
 
 
 def _shares(compiler: str, folder: Path) -> bool:
     source, library = folder / "text.cpp", folder / "text.so"
     source.write_text(SOURCE)
     command = [*shlex.split(compiler), "-shared", "-fPIC", str(source), "-o", str(library)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
         said = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+        works = done.returncode == 0 and library.is_file()
+    except OSError as error:
+        said, works = str(error), False
+    if not works:
         raise ExportError(f"--include aoti: the C++ compiler {compiler} does not work: {said[:200]}")
     with library.open("rb") as file:
         return not has_own_cxx_library(file)

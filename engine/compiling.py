@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -31,9 +32,19 @@ def check_compiler(device: torch.device) -> None:
         raise ResourceError(f"--compile: torch needs Triton for a GPU: pip install triton, {WAY_OUT}")
     variable, usual = ("CC", ("gcc", "clang", "cc")) if device.type == "cuda" else ("CXX", ("g++",))
     names = [os.environ[variable]] if os.environ.get(variable) else usual
-    if not any(shutil.which(name) for name in names):
-        missing = " or ".join(names)
+    if not any(map(_answers, names)):
+        missing = " or ".join(names) + (f" that answers ({variable})" if os.environ.get(variable) else "")
         raise ResourceError(f"--compile: torch needs a compiler and finds no {missing}: install it, {WAY_OUT}")
+
+
+def _answers(compiler: str) -> bool:
+    """Whether it is there and says its version, which is what torch asks."""
+    if not shutil.which(compiler):
+        return False
+    try:
+        return subprocess.run([compiler, "--version"], capture_output=True, check=False, timeout=60).returncode == 0
+    except (OSError, subprocess.TimeoutExpired):
+        return False
 
 
 class CompiledStep:

@@ -83,8 +83,10 @@ class DCN(nn.Module):
     ) -> None:
         super().__init__()
         for name, channels, groups in (("c1", c1, g), ("c2", c2, g), ("c1", c1, offset_groups)):
-            if not isinstance(groups, int) or groups < 1 or channels % groups:
-                raise ValueError(f"DCN: {groups} groups do not divide {name} = {channels}")
+            if type(groups) is not int or groups < 1 or channels % groups:  # True is an int to isinstance
+                raise ValueError(f"DCN: {groups!r} groups do not divide {name} = {channels}")
+        if min(d if isinstance(d, Sequence) else (d,)) < 1:
+            raise ValueError(f"DCN: dilation {d!r} would read one place with every tap")
         kernel = (k, k) if isinstance(k, int) else tuple(k)
         self.stride, self.padding, self.dilation = s, autopad(k, p, d), d
         self.offset_groups = offset_groups

@@ -78,11 +78,11 @@ def _paths(model: nn.Module, request: str, where: str) -> list[str]:
     """The Convs that one request means."""
     if request == "all3x3":
         return _named(where, request, _convs_3x3(model.model), "the model has no 3x3 convolution that is not DCN yet")
-    if last := re.fullmatch(r"backbone\.last(\d+)", request):
+    if last := re.fullmatch(r"backbone\.last(\d{1,9})", request):
         return _last_of_backbone(model, int(last[1]), where)
-    if inside := re.fullmatch(r"[cC]3:(\d+)(?:/([1-9]\d*))?", request):
+    if inside := re.fullmatch(r"[cC]3:(\d{1,9})(?:/([1-9]\d{0,8}))?", request):
         return _inside(model, int(inside[1]), where)[:: -int(inside[2] or 1)]
-    if re.fullmatch(r"\d+", request):
+    if re.fullmatch(r"\d{1,9}", request):
         return _layer(model, int(request), where)
     if re.fullmatch(r"\d+(\.\w+)+", request):
         if request not in dict(model.model.named_modules()):

@@ -152,7 +152,7 @@ class GDCNConv(nn.Module):
 
     def __init__(self, c1, c2, k=3, s=1, p=None, d=1, width: int = 16, act: bool | nn.Module = True) -> None:
         super().__init__()
-        if not isinstance(width, int) or width < 1 or c1 % width:
+        if type(width) is not int or width < 1 or c1 % width:
             raise ValueError(f"GDCNConv: groups of {width!r} channels do not divide {c1}")
         groups = c1 // width
         self.dcn = DCN(c1, c1, k, s, p, d, groups, offset_groups=groups, separable=True)

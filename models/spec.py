@@ -24,6 +24,7 @@ MAX_REPEATS = 1000
 DCN_OPTIONS = {"offset_groups": (int,), "separable": (bool,), "bound": (int, float)}
 """What ``dcn_options`` may say of the layers that are made deformable: arguments of models.common.DCN, which checks
 their values."""
+_KINDS = {(int,): "whole number", (bool,): "true or false", (int, float): "number (YAML reads 1e3 as text: 1.0e+3)"}
 
 
 @dataclass(frozen=True)
@@ -184,7 +185,7 @@ def _dcn_options(value: Any, where: _Where) -> dict[str, Any]:
         if key not in DCN_OPTIONS:
             raise ConfigError(f"{place}: unknown dcn_options key {key!r}{did_you_mean(str(key), DCN_OPTIONS)}")
         if type(given) not in DCN_OPTIONS[key]:
-            raise ConfigError(f"{place}: dcn_options {key}: {given!r} is no {DCN_OPTIONS[key][0].__name__}")
+            raise ConfigError(f"{place}: dcn_options {key}: {given!r} is no {_KINDS[DCN_OPTIONS[key]]}")
     return dict(value)
 
 

@@ -24,6 +24,7 @@ from benchmarks.variants.models import PLAIN, VARIANTS, check_names
 from benchmarks.variants.study import Study, Task, scores_on_test, tasks_of, train_until
 from comparison.trainings import Settings
 from utils.cli import Parser
+from utils.config import Hyp
 from utils.console import LOGGER, plural, setup_console
 from utils.device import describe_device, select_device
 from utils.errors import ConfigError, run_cli
@@ -77,6 +78,8 @@ def study_from(args: argparse.Namespace) -> Study:
     recipes = [tuple(item.partition("=")[::2]) for item in args.recipes]
     if wrong := [item for item, (_, hyp) in zip(args.recipes, recipes) if not hyp]:
         raise ConfigError(f"--recipes {wrong[0]}: write NAME=HYP.YAML")
+    for _, hyp in recipes:
+        Hyp.load(hyp)  # what is wrong with it is said now, not by a training within the study
     return Study(
         base=args.base,
         project=Path(args.project),

@@ -54,6 +54,12 @@ def test_efficiency_is_against_one_gpu_with_the_same_steps() -> None:
     }
 
 
+def test_no_gpus_are_not_a_division_by_zero(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        parse(["--gpus", "0"])
+    assert "--gpus 0: at least 1" in capsys.readouterr().err
+
+
 def test_the_estimate_follows_its_assumptions() -> None:
     a = replace(Assumptions(), spread=0.0, slowdown=0.0, nvlink_latency_us=0.0)
     assert reduce_ms(320, 2, a) == pytest.approx(1.0) and reduce_ms(320, 8, a) == pytest.approx(1.75)

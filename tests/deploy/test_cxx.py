@@ -65,8 +65,24 @@ def test_a_compiler_that_does_not_serve(
         pass
 
 
-def test_no_compiler(use_compiler: Callable[[str], Path]) -> None:
+def test_no_compiler(use_compiler: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(ExportError, match="install g"), cxx.shared_cxx_library():
+        pass
+
+
+def test_cxx_names_no_compiler(use_compiler: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "/bin/nothing")
+    with pytest.raises(ExportError, match="CXX=/bin/nothing is no compiler"), cxx.shared_cxx_library():
+        pass
+
+
+def test_a_compiler_that_writes_nothing(use_compiler: Callable[[str], Path]) -> None:
+    compiler = use_compiler("exit 0")
+    with pytest.raises(ExportError, match="does not work: exit status 0"), cxx.shared_cxx_library():
+        pass
+    compiler.unlink()  # torch remembers it
+    with pytest.raises(ExportError, match="does not work: .*No such file"), cxx.shared_cxx_library():
         pass
 
 

@@ -99,6 +99,12 @@ def test_what_torch_cannot_compile_is_one_line() -> None:
             raise torch._dynamo.exc.Unsupported("no such operation")
 
 
+def test_a_compiler_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "/bin/false")
+    with pytest.raises(ResourceError, match=r"finds no /bin/false that answers \(CXX\)"):
+        check_compiler(CPU)
+
+
 def test_a_machine_without_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)

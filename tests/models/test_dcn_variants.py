@@ -76,6 +76,9 @@ def test_names_in_the_state_dict() -> None:
     ("options", "message"),
     [
         ({"offset_groups": 3}, "3 groups do not divide c1 = 8"),
+        ({"offset_groups": True}, "True groups do not divide c1 = 8"),
+        ({"d": 0}, "dilation 0 would read one place"),
+        ({"d": (1, 0)}, "dilation"),
         ({"separable": 4}, "separable = 4: True or False"),
         ({"bound": -1}, "bound = -1: a number of pixels"),
         ({"bound": True}, "bound = True: a number of pixels"),
@@ -139,7 +142,7 @@ def test_offsets_of_every_form_are_watched_shown_and_learn_slowly(options: dict,
     [
         ("dcn_options: 4", r"mine\.yaml:\d+: dcn_options must be a mapping"),
         ("dcn_options: {groups: 4}", r"mine\.yaml:\d+: unknown dcn_options key 'groups'"),
-        ("dcn_options: {offset_groups: 4.5}", r"mine\.yaml:\d+: dcn_options offset_groups: 4.5 is no int"),
+        ("dcn_options: {offset_groups: 4.5}", r"mine\.yaml:\d+: dcn_options offset_groups: 4.5 is no whole number"),
         ("dcn_options: {offset_groups: 3}", r"mine\.yaml:\d+: dcn 5: dcn_options: .*3 groups do not divide"),
         ("dcn_options: {bound: -2}", r"mine\.yaml:\d+: dcn 5: dcn_options: bound = -2"),
     ],

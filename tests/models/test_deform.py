@@ -146,6 +146,8 @@ def test_a_repeated_row_is_converted_whole() -> None:
         ("yolov5n.yaml", "c3:1", "layer 1 is a single Conv; write 1"),
         ("yolov5n.yaml", "one", "--dcn 'one': not understood; give a layer number"),
         ("yolov5n.yaml", "-1", "not understood"),
+        ("yolov5n.yaml", "9" * 5000, "not understood"),
+        ("yolov5n.yaml", "c3:6/" + "9" * 5000, "not understood"),
         ("yolov5n.yaml", "8.m.7.cv2", "the model has no such part"),
         ("yolov5n.yaml", "backbone.last0", "the backbone has 5 Conv layers larger than 1x1"),
         ("yolov5n-dcn.yaml", "1", "--dcn 1: it is a DCN already"),

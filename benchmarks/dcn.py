@@ -308,9 +308,9 @@ def kernel_time(function: Callable[[], object]) -> float:
     return sum(event.self_device_time_total for event in profile.key_averages()) / 1e3
 
 
-def made_up_batch(count: int, imgsz: int, nc: int, boxes: int = 10) -> Batch:
-    """Noise with ``boxes`` random boxes an image, the same every time."""
-    random = torch.Generator().manual_seed(0)
+def made_up_batch(count: int, imgsz: int, nc: int, boxes: int = 10, seed: int = 0) -> Batch:
+    """Noise with ``boxes`` random boxes an image, the same every time for a ``seed``."""
+    random = torch.Generator().manual_seed(seed)
     images = torch.randint(0, 256, (count, imgsz, imgsz, 3), dtype=torch.uint8, generator=random).permute(0, 3, 1, 2)
     targets = torch.rand(count * boxes, 6, generator=random) * 0.5 + 0.25
     targets[:, 0] = torch.arange(count).repeat_interleave(boxes)

@@ -21,10 +21,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
+from benchmarks.forward import forward_ms
 from benchmarks.report import cpu_name, heading, table
-from models.forward_graphs import RECORD_AT, ForwardGraphs
 from models.loading import load_model
 from utils.config import DataConfig
 from utils.device import describe_device, select_device
@@ -75,22 +73,6 @@ def seconds(what: str, weights: str, yaml: Path, graphs: str, device: str) -> tu
     return took, told
 
 
-def forward_ms(weights: str, batch: int, device: torch.device, size: tuple[int, int] = (512, 640)) -> float:
-    """Milliseconds an image of the replayed forward pass, float16."""
-    model = load_model(weights, device).half()
-    images = torch.rand(batch, 3, *size, device=device, dtype=torch.float16).to(memory_format=torch.channels_last)
-    graphs = ForwardGraphs(model)
-    with torch.inference_mode():
-        for _ in range(RECORD_AT + 3):
-            graphs(images)
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(50):
-            graphs(images)
-        torch.cuda.synchronize()
-    return (time.perf_counter() - start) * 1000 / 50 / batch
-
-
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="bccd.yaml")
@@ -124,8 +106,9 @@ def main(argv: Sequence[str]) -> None:
                     rows.append([name, what, graphs, each, middle, spread, then, then / middle])
                     said.append(f"{name}, {what}, graphs {graphs}: mAP50-95 {took[args.images][-1][1]}")
             if device.type == "cuda":
-                said.append(f"{name}: forward alone {forward_ms(file, 1, device):.3f} ms at batch 1, "
-                            f"{forward_ms(file, 32, device):.3f} at 32")  # fmt: skip
+                model = load_model(file, device).half()
+                one, many = (forward_ms(model, batch, (512, 640), device) / batch for batch in (1, 32))
+                said.append(f"{name}: forward alone {one:.3f} ms an image at batch 1, {many:.3f} at 32")
     print(heading(f"{describe_device(device)}; {cpu_name()}"))
     print(
         table(["model", "run", "graphs", "ms an image", "whole run, ms an image", "spread", "upstream", "ratio"], rows)

@@ -152,9 +152,12 @@ class Batches:
     """Where a case's batches come from."""
 
     def __init__(self, case, args, cfg, data, frame, world, device, folder) -> None:
+        from benchmarks.dcn import made_up_batch
+
         self.device, self.held, self.loader = device, [], None
         if not args.data:
-            self.held = [made_up(case.batch, args.imgsz, data.nc, seed, device) for seed in range(args.batches)]
+            made = [made_up_batch(case.batch, args.imgsz, data.nc, seed=seed) for seed in range(args.batches)]
+            self.held = [(b.images.to(device), b.targets.to(device)) for b in made]
             return
         self.loader = real_loader(args, cfg, data, frame, world, device, folder)
         if case.source == "resident":
@@ -170,19 +173,6 @@ class Batches:
             yield from cycle(self.held)
         for batch in epochs_of(self.loader):
             yield batch.images.to(self.device, non_blocking=True), batch.targets.to(self.device, non_blocking=True)
-
-
-def made_up(batch: int, size: int, nc: int, seed: int, device: Any) -> tuple[Any, Any]:
-    """Noise of bytes in channels-last order, as the loader's, and eight boxes an image."""
-    import torch
-
-    rng = torch.Generator().manual_seed(seed)
-    images = torch.randint(0, 256, (batch, size, size, 3), generator=rng, dtype=torch.uint8).permute(0, 3, 1, 2)
-    rows = torch.rand(batch * 8, 6, generator=rng)
-    rows[:, 0] = torch.arange(batch).repeat_interleave(8)
-    rows[:, 1] = (rows[:, 1] * nc).floor()
-    rows[:, 2:4], rows[:, 4:] = 0.2 + 0.6 * rows[:, 2:4], 0.05 + 0.3 * rows[:, 4:]
-    return images.to(device), rows.to(device)
 
 
 def real_loader(args, cfg, data, frame, world, device, folder: Path) -> Any:

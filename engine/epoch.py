@@ -22,6 +22,7 @@ from utils.device import memory_gb, to_network_input
 from utils.dist import World, gather
 from utils.ema import ModelEMA
 from utils.loss import DetectionLoss, LossParts
+from utils.optim import step_if_finite
 from utils.schedule import Schedule
 from utils.shared_gradients import SharedGradients
 
@@ -91,14 +92,7 @@ class Learner:
             self.shared.average()
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad or math.inf)
-        if self.scaler.is_enabled():
-            self.scaler.step(self.optimizer)  # looks for itself
-        elif self.optimizer.defaults.get("fused"):  # the kernels look at found_inf: nothing waits for the device
-            self.optimizer.found_inf = (~torch.isfinite(norm)).float()
-            self.optimizer.step()
-        elif torch.isfinite(norm):
-            self.optimizer.step()
-        self.scaler.update()
+        step_if_finite(self.optimizer, self.scaler, norm)
         self.clear_gradients()
         if self.ema is not None and self.world.main:
             self.ema.update(self.model)

@@ -41,20 +41,18 @@ class SeparableOffsets(nn.Module):
 def offset_branch(
     c1: int, offset_groups: int, k: tuple[int, int], s: Size, p: Size, d: Size, separable: bool, bound: float
 ) -> nn.Module:
-    """c1 channels -> 3*K*G of raw offsets and mask logits, all zero at the start. ``bound``: in pixels, 0 for none."""
+    """c1 channels -> 3*K*G of raw offsets and mask logits. ``bound``: in pixels, 0 for none."""
     if isinstance(bound, bool) or not (isinstance(bound, (int, float)) and 0 <= bound < math.inf):
         raise ValueError(f"bound = {bound!r}: a number of pixels, 0 for none")
     if not isinstance(separable, bool):
         raise ValueError(f"separable = {separable!r}: True or False")
     channels, reach = 3 * math.prod(k) * offset_groups, bound or math.inf
     if separable:
-        branch = SeparableOffsets(c1, channels, k, s, p, d, reach)
-    elif bound:
-        branch = BoundedOffsets(c1, channels, k, s, p, d)
-        branch.bound = reach
-    else:
-        branch = nn.Conv2d(c1, channels, k, s, p, d)
-    start_at_zero(branch)
+        return SeparableOffsets(c1, channels, k, s, p, d, reach)
+    if not bound:
+        return nn.Conv2d(c1, channels, k, s, p, d)
+    branch = BoundedOffsets(c1, channels, k, s, p, d)
+    branch.bound = reach
     return branch
 
 

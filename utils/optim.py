@@ -120,6 +120,18 @@ def start_momentum_at_zero(optimizer: torch.optim.SGD) -> torch.optim.SGD:
     return optimizer
 
 
+def step_if_finite(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, norm: torch.Tensor) -> None:
+    """Step, unless a gradient is not finite, of all of which ``norm`` is the norm, unscaled; then update the scale."""
+    if scaler.is_enabled():
+        scaler.step(optimizer)  # looks for itself
+    elif optimizer.defaults.get("fused"):  # the kernels look at found_inf: nothing waits for the device
+        optimizer.found_inf = (~torch.isfinite(norm)).float()
+        optimizer.step()
+    elif torch.isfinite(norm):
+        optimizer.step()
+    scaler.update()
+
+
 def describe(optimizer: torch.optim.Optimizer) -> str:
     """``SGD(lr=0.01) with parameter groups 57 weight(decay=0.0), 60 weight(decay=0.0005), 60 bias``, and the DCN
     offset branches where there are any."""

@@ -19,7 +19,7 @@ from models.surgery import use_dcn_backend
 from utils.config import Hyp
 from utils.device import amp_dtype, seed_everything, to_network_input
 from utils.loss import DetectionLoss, LossParts
-from utils.optim import build_optimizer, scaled_weight_decay
+from utils.optim import build_optimizer, scaled_weight_decay, step_if_finite
 from utils.schedule import Schedule
 
 EPOCHS = 300
@@ -119,14 +119,7 @@ class Trial:
         stem = self.model.model[0].conv.weight.grad
         result = torch.stack((total, inner, factor, stem.norm() if stem is not None else total * math.nan))
         self.skipped += ~torch.isfinite(total)
-        if self.scaler.is_enabled():
-            self.scaler.step(self.optimizer)
-        elif self.optimizer.defaults.get("fused"):
-            self.optimizer.found_inf = (~torch.isfinite(total)).float()
-            self.optimizer.step()
-        elif torch.isfinite(total):
-            self.optimizer.step()
-        self.scaler.update()
+        step_if_finite(self.optimizer, self.scaler, total)
         self.optimizer.zero_grad(set_to_none=True)
         return result
 

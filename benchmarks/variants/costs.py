@@ -5,20 +5,18 @@ from __future__ import annotations
 import csv
 import gc
 import io
-import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import repeat
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from benchmarks.dcn import made_up_batch
+from benchmarks.forward import forward_ms
 from benchmarks.train_throughput import model_and_frame, rate
 from benchmarks.variants.models import PLAIN, write_cfgs
 from engine.parts import build_learner
-from models.forward_graphs import ForwardGraphs
 from models.surgery import fuse
 from utils.config import DataConfig, Hyp, TrainConfig
 from utils.console import LOGGER
@@ -26,7 +24,6 @@ from utils.dist import World
 from utils.files import atomic_write
 
 COLUMNS = ("variant", "imgsz", "params", "step_ms", "infer1_ms", "infer16_ms")
-ROUNDS = 5
 
 
 def measure_costs(
@@ -71,31 +68,9 @@ def _costs(cfg: str, data: str, imgsz: int, batch: int, device: torch.device) ->
     speed = rate(learner, repeat(held, 60 if cuda else 3), warmup=20 if cuda else 1)
     plain = fuse(learner.ema.model.eval())
     plain = plain.half() if cuda else plain
-    one, many = (_forward_ms(plain, count, frame.imgsz, device) for count in (1, 16))
+    one, many = (forward_ms(plain, count, (frame.imgsz, frame.imgsz), device) for count in (1, 16))
     params = sum(p.numel() for p in plain.parameters())
     return {"params": params, "step_ms": batch / speed * 1e3, "infer1_ms": one, "infer16_ms": many}
-
-
-@torch.inference_mode()
-def _forward_ms(model: nn.Module, count: int, imgsz: int, device: torch.device) -> float:
-    """Median over ROUNDS of the mean time of a pass."""
-    cuda = device.type == "cuda"
-    images = torch.rand(count, 3, imgsz, imgsz, device=device, dtype=torch.float16 if cuda else torch.float32)
-    images = images.contiguous(memory_format=torch.channels_last)
-    model = model.to(memory_format=torch.channels_last)
-    forward: Callable = ForwardGraphs(model) if cuda else model
-    synchronize, passes = (torch.cuda.synchronize, 50) if cuda else ((lambda: None), 1)
-    for _ in range(5 if cuda else 1):
-        forward(images)
-    times = []
-    for _ in range(ROUNDS):
-        synchronize()
-        start = time.perf_counter()
-        for _ in range(passes):
-            forward(images)
-        synchronize()
-        times.append((time.perf_counter() - start) / passes * 1e3)
-    return statistics.median(times)
 
 
 def write_rows(path: Path, columns: Sequence[str], rows: Sequence[dict]) -> None:

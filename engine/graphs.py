@@ -8,8 +8,10 @@ differs from batch to batch, is rounded up with rows that match nothing (:func:`
 
 from __future__ import annotations
 
+import gc
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -50,7 +52,8 @@ class StepGraphs:
     Shapes are met three times: the first batch runs as usual, which also compiles and loads its kernels; the second is
     recorded; from then on it is replayed. All of it happens on one stream and in one pool of memory, so that graphs of
     different shapes, of which only one runs at a time, share what their activations need, with each other and with the
-    usual steps.
+    usual steps. What a step or a hook in it keeps for longer must have been allocated before it: a replay writes over
+    whatever else lies in the pool.
     """
 
     def __init__(self, step: Callable[[Tensor, Tensor], LossParts]) -> None:
@@ -86,7 +89,7 @@ class StepGraphs:
         self._stream.wait_stream(torch.cuda.current_stream())
         # one thread: the pool is the current thread's, and autograd's own would take memory from elsewhere
         one_thread = torch.autograd.set_multithreading_enabled(False)
-        with torch.cuda.stream(self._stream), torch.cuda.use_mem_pool(self._pool), one_thread:
+        with _no_collection(), torch.cuda.stream(self._stream), torch.cuda.use_mem_pool(self._pool), one_thread:
             parts = _detached(self._step(images, targets))
         torch.cuda.current_stream().wait_stream(self._stream)
         return parts
@@ -99,7 +102,10 @@ class StepGraphs:
         graph = torch.cuda.CUDAGraph()
         try:
             # thread_local: the loader's pinning thread goes on making calls that a recording would not allow itself
-            with torch.cuda.graph(graph, self._pool.id, self._stream, capture_error_mode="thread_local"):
+            with (
+                _no_collection(),
+                torch.cuda.graph(graph, self._pool.id, self._stream, capture_error_mode="thread_local"),
+            ):
                 parts = _detached(self._step(images, targets))
         except torch.OutOfMemoryError:
             raise
@@ -112,6 +118,19 @@ class StepGraphs:
             self._enabled = False
             return None
         return _Recorded(graph, images, targets, parts)
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """No garbage collection inside: the pool of an earlier learner that goes while another pool is in use ends the
+    process (an assertion of torch 2.11's allocator)."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _let_go(recorded: dict, pools: list) -> None:

@@ -63,8 +63,11 @@ class DcnWatch:
         }
         self.every = every
         self._steps = 0
+        # Made before a measured step and written to inside it: what is allocated inside may lie in the memory of CUDA
+        # graphs (engine/graphs.py), which the next replay writes over.
         self._sums: dict[str, Tensor] = {}  # (5,) sums over samplings: mean |offset|, max, outside, mask, count
-        self._lengths: dict[str, Tensor] = {}  # of the newest sampling
+        self._lengths: dict[str, Tensor] = {}  # (SAMPLE,) of the newest sampling, as many as _sampled says
+        self._sampled: dict[str, int] = {}
         self._geometry: dict[str, Geometry] = {}
         self._warned: set[str] = set()
 
@@ -78,6 +81,13 @@ class DcnWatch:
         measured = bool(self.layers) and self._steps % self.every == 0
         self._steps += 1
         hooked = self.layers.items() if measured else ()
+        for name, branch in hooked:
+            if name not in self._sums:
+                device = next(branch.parameters()).device
+                self._sums[name], self._lengths[name] = (
+                    torch.zeros(5, device=device),
+                    torch.empty(SAMPLE, device=device),
+                )
         handles = [branch.register_forward_hook(self._hook(name)) for name, branch in hooked]
         try:
             yield measured
@@ -96,6 +106,8 @@ class DcnWatch:
         rows = torch.stack(list(self._sums.values())).tolist()
         result = {}
         for name, (mean, largest, outside, mask, count) in zip(self._sums, rows, strict=True):
+            if not count:
+                continue
             geometry = self._geometry[name]
             result[name] = {
                 "mean_offset": mean / count,
@@ -106,13 +118,14 @@ class DcnWatch:
                 "height": float(geometry.size[0]),
                 "width": float(geometry.size[1]),
             }
-        self._sums.clear()
+        for sums in self._sums.values():
+            sums.zero_()
         return result
 
     def lengths(self) -> dict[str, Tensor]:
         """Per layer up to SAMPLE lengths of offsets (float32, pixels of the layer's input, on the CPU), evenly spread
         over the newest measured pass."""
-        return {name: values.cpu() for name, values in self._lengths.items()}
+        return {name: self._lengths[name][:count].cpu() for name, count in self._sampled.items()}
 
     def warnings(self, summary: dict[str, dict[str, float]], offset_lr: float = 0.1) -> list[str]:
         """One line for each layer of :meth:`summary` that is escaping; no layer is reported twice. ``offset_lr``: the
@@ -133,11 +146,12 @@ class DcnWatch:
         @torch.no_grad()
         def record(branch: nn.Conv2d, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             geometry = geometry_of(branch, inputs[0], output)
-            row, self._lengths[name] = _measure(output.detach(), geometry)
-            before = self._sums.get(name)
-            if before is not None:
-                row = torch.cat((before[:1] + row[:1], torch.max(before[1:2], row[1:2]), before[2:] + row[2:]))
-            self._sums[name] = row
+            row, lengths = _measure(output.detach(), geometry)
+            sums, self._sampled[name] = self._sums[name], len(lengths)
+            largest = torch.maximum(sums[1], row[1])
+            sums += row
+            sums[1] = largest
+            self._lengths[name][: len(lengths)] = lengths
             self._geometry[name] = geometry  # of the newest pass: --multi-scale changes it
 
         return record
@@ -161,7 +175,7 @@ def _measure(output: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
     length = torch.hypot(*offset.unbind(4))
     mask = output[:, output.shape[1] // 3 * 2 :].float().sigmoid()
     one = torch.ones((), device=output.device)
-    some = length.flatten()[:: math.ceil(length.numel() / SAMPLE)].clone()
+    some = length.flatten()[:: math.ceil(length.numel() / SAMPLE)]
     return torch.stack((length.mean(), length.amax(), 1 - inside.float().mean(), mask.mean(), one)), some
 
 

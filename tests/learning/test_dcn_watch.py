@@ -172,3 +172,17 @@ def test_a_model_without_deformable_layers_has_nothing_to_watch() -> None:
     with watch.step() as measured:
         assert not measured
     assert watch.layers == {} and watch.summary() == {} and watch.warnings({}) == []
+
+
+def test_what_it_keeps_is_allocated_before_the_step() -> None:
+    """Inside, memory may be that of a CUDA graph (tests/learning/test_graphs.py)."""
+    layer = filled(DCN(4, 8, 3, 1, 1), 0.7)
+    watch = DcnWatch(nn.Sequential(layer))
+    with watch.step():
+        before = {id(value) for held in vars(watch).values() if isinstance(held, dict) for value in held.values()}
+        layer(torch.randn(2, 4, 7, 10))
+    after = [value for held in vars(watch).values() if isinstance(held, dict) for value in held.values()]
+    kept = [value for value in after if isinstance(value, torch.Tensor)]
+    assert len(kept) == 2 and all(id(value) in before for value in kept)
+    watch.summary()
+    assert watch.summary() == {}

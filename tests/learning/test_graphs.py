@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 
 import pytest
@@ -13,6 +14,7 @@ from engine.parts import Frame, build_learner, uses_graphs
 from models.common import DCN
 from models.yolo import DetectionModel
 from utils.config import Hyp, TrainConfig
+from utils.dcn_watch import DcnWatch
 from utils.dist import World
 from utils.errors import ConfigError
 from utils.loss import DetectionLoss
@@ -125,10 +127,40 @@ def test_a_model_that_cannot_be_recorded_goes_on(caplog: pytest.LogCaptureFixtur
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True])
+def test_replays_leave_alone_what_hooks_keep(compiled: bool) -> None:
+    """The watch's sums of a launched step, read after replays; an earlier learner goes in the middle of it."""
+    device, summaries = torch.device("cuda", 0), []
+    for graphs in ("off", "on", "on"):
+        torch.manual_seed(0)
+        model = DetectionModel("yolov5n-dcn.yaml", nc=2).to(device, memory_format=torch.channels_last)
+        cfg = TrainConfig(cfg="n", batch_size=4, imgsz=128, cuda_graphs=graphs, compile=compiled and graphs == "on")
+        learner = build_learner(model, cfg, Hyp(), Frame(128, 32, 4, 4), 100, device, World())
+        model.train()
+        for layer in model.modules():
+            if isinstance(layer, DCN):
+                torch.nn.init.normal_(layer.conv_offset_mask.bias, std=2)
+        watch = DcnWatch(model, every=4)
+        for step in range(14):
+            random = torch.Generator(device).manual_seed(step)
+            images = torch.randint(256, (4, 3, 128, 128), device=device, generator=random, dtype=torch.uint8)
+            with watch.step() as measured:
+                learner.backward(images, made_up_targets(20, 4, step).to(device), measured)
+        lengths = {name: values.sum().item() for name, values in watch.lengths().items()}
+        summaries.append(
+            [*lengths.values(), *(number for layer in watch.summary().values() for number in layer.values())]
+        )
+    assert len(summaries[0]) == 3 * 8
+    for other in summaries[1:]:
+        assert other == pytest.approx(summaries[0], rel=1e-4)
+
+
+@pytest.mark.gpu
 def test_graphs_share_their_memory_with_launched_steps() -> None:
     """Three graphs and the launched steps around them take little more than launched steps alone."""
     peaks = []
     for graphs in ("off", "on"):
+        gc.collect()  # models of other tests, whose memory would be used again
         torch.cuda.empty_cache()
         before = torch.cuda.memory_reserved()
         torch.cuda.reset_peak_memory_stats()

@@ -79,6 +79,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--weights", nargs="+", required=True, metavar="NAME=FILE")
     parser.add_argument("--images", type=int, default=1640)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--runs", nargs="+", choices=list(UPSTREAM), default=list(UPSTREAM), help="default: all")
     parser.add_argument("--device", default="")
     args = parser.parse_args(argv)
     if wrong := [item for item in args.weights if not item.partition("=")[2]]:
@@ -93,7 +94,7 @@ def main(argv: Sequence[str]) -> None:
         for item in args.weights:
             name, file = item.split("=", 1)
             file = str(Path(file).resolve())
-            for what in UPSTREAM:
+            for what in args.runs:
                 for graphs in ("auto", "off") if device.type == "cuda" else ("off",):
                     took = {n: [seconds(what, file, yaml, graphs, args.device) for _ in range(args.repeats)]
                             for n, yaml in yamls.items()}  # fmt: skip

@@ -283,10 +283,8 @@ def over_ranks(model: nn.Module, device: torch.device, world: World) -> nn.Modul
 
 
 def uses_graphs(cfg: TrainConfig, device: torch.device, world: World) -> bool:
-    """Whether steps become CUDA graphs: by default on one GPU, over several where they were asked for. ConfigError
-    where they were and cannot be."""
-    if cfg.cuda_graphs == "auto" and world.size > 1:
-        return False
+    """Whether steps become CUDA graphs: by default wherever they can be. ConfigError where they were asked for and
+    cannot be."""
     obstacle = "--sync-bn sends messages in the middle of a step" if cfg.sync_bn and world.size > 1 else ""
     return graphs_allowed(cfg.cuda_graphs, device, obstacle)
 

@@ -100,7 +100,7 @@ def add_dcn_backend_flag(group: Any) -> None:
 
 def add_cuda_graphs_flag(group: Any, what: str) -> None:
     """--cuda-graphs auto|on|off; ``what`` is replayed."""
-    text = f"replay {what} as CUDA graphs, faster for small models and batches; auto: on one GPU"
+    text = f"replay {what} as CUDA graphs, faster where launching is what takes time; auto: on GPUs"
     group.add_argument("--cuda-graphs", choices=["auto", "on", "off"], default="auto", help=text)
 
 

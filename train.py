@@ -153,7 +153,7 @@ def _add_precision_flags(group: argparse._ArgumentGroup) -> None:
         default="auto",
         help="mixed precision; auto: bf16 or fp16 on a GPU, off on the CPU",
     )
-    add_cuda_graphs_flag(group, "training steps")
+    add_cuda_graphs_flag(group, "training steps", "on GPUs, but not with --sync-bn over several")
     group.add_argument(
         "--compile",
         action="store_true",

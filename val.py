@@ -41,6 +41,9 @@ if TYPE_CHECKING:
 
 TASKS = ("train", "val", "test", "speed", "study")
 STUDY_SIZES = range(256, 1537, 128)
+MOST_IN_GRAPHS = 8
+"""Images of a batch that is replayed as a CUDA graph by default: larger ones keep a GPU busy however they are launched,
+and recording them took a second (1640 images at batch 32 on an H200: 11.2 s with graphs, 9.9 without)."""
 
 
 def build_parser() -> Parser:
@@ -58,7 +61,8 @@ def build_parser() -> Parser:
     inputs.add_argument("--single-cls", action="store_true", help="treat all classes as one")
 
     # a higher --conf-thres cuts the curves short
-    add_detection_flags(parser.add_argument_group("detection"), conf=0.001, iou=0.6, max_det=300)
+    graphs = f"on a GPU, for batches up to {MOST_IN_GRAPHS}"
+    add_detection_flags(parser.add_argument_group("detection"), conf=0.001, iou=0.6, max_det=300, graphs=graphs)
 
     output = parser.add_argument_group("what to write")
     output.add_argument("--verbose", action="store_true", help="one row a class even with 50 classes or more")
@@ -289,16 +293,12 @@ def one_pass(
 
 
 def uses_graphs(args: argparse.Namespace, device: torch.device) -> bool:
-    """Whether the model runs as CUDA graphs. ConfigError where it cannot and was asked to.
-
-    By default small batches do: a large one keeps the GPU busy however it is launched, and recording it took a second
-    (1640 images at batch 32 on an H200: 11.2 s with graphs, 9.9 without).
-    """
+    """Whether the model runs as CUDA graphs. ConfigError where it cannot and was asked to."""
     from deploy.formats import format_of
     from utils.device import graphs_allowed
 
     obstacle = "they are for checkpoints (.pt)" if any(format_of(path) for path in args.weights) else ""
-    if args.cuda_graphs == "auto" and args.batch_size > 8:
+    if args.cuda_graphs == "auto" and args.batch_size > MOST_IN_GRAPHS:
         return False
     return graphs_allowed(args.cuda_graphs, device, "--augment runs several sizes" if args.augment else obstacle)
 

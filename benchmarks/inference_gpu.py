@@ -95,7 +95,7 @@ def main(argv: Sequence[str]) -> None:
             name, file = item.split("=", 1)
             file = str(Path(file).resolve())
             for what in args.runs:
-                for graphs in ("auto", "off") if device.type == "cuda" else ("off",):
+                for graphs in ("on", "off") if device.type == "cuda" else ("off",):
                     took = {n: [seconds(what, file, yaml, graphs, args.device) for _ in range(args.repeats)]
                             for n, yaml in yamls.items()}  # fmt: skip
                     low, high = (min(s for s, _ in took[n]) for n in (few, args.images))

@@ -98,13 +98,13 @@ def add_dcn_backend_flag(group: Any) -> None:
     group.add_argument("--dcn-backend", choices=DCN_BACKENDS, default="auto", help=f"{kernels} (default: %(default)s)")
 
 
-def add_cuda_graphs_flag(group: Any, what: str) -> None:
-    """--cuda-graphs auto|on|off; ``what`` is replayed."""
-    text = f"replay {what} as CUDA graphs, faster where launching is what takes time; auto: on GPUs"
+def add_cuda_graphs_flag(group: Any, what: str, auto: str) -> None:
+    """--cuda-graphs auto|on|off; ``what`` is replayed, with auto ``auto``."""
+    text = f"replay {what} as CUDA graphs, faster where launching is what takes time; auto: {auto}"
     group.add_argument("--cuda-graphs", choices=["auto", "on", "off"], default="auto", help=text)
 
 
-def add_detection_flags(group: Any, conf: float, iou: float, max_det: int) -> None:
+def add_detection_flags(group: Any, conf: float, iou: float, max_det: int, graphs: str = "on a GPU") -> None:
     """--conf-thres --iou-thres --max-det --augment --half --cuda-graphs of val.py and detect.py, own defaults.
 
     What the flags may be is checked by :func:`utils.config.check_thresholds`.
@@ -120,7 +120,7 @@ def add_detection_flags(group: Any, conf: float, iou: float, max_det: int) -> No
     augment = "look at flipped and scaled copies as well: slower, finds a little more"
     group.add_argument("--augment", action="store_true", help=augment)
     group.add_argument("--half", action="store_true", help="float16, on a GPU")
-    add_cuda_graphs_flag(group, "the model of a checkpoint")
+    add_cuda_graphs_flag(group, "the model of a checkpoint", graphs)
 
 
 def add_weights_flag(group: Any) -> None:

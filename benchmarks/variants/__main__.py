@@ -3,10 +3,10 @@
     python -m benchmarks.variants --data aquarium/data.yaml cards/data.yaml nuclei/data.yaml --minutes 9 --cost 640
 
 First the plain model is trained from scratch on each set. From its weights start all variants, whose first step gives
-the plain model's output, and the plain model itself once more: the control. What a variant gains is the difference to
-that, set by set and seed by seed, in mAP50-95 of the last epoch on val. --cost times a training step and a forward pass
-of each variant beforehand, alone on the device. What is not finished after --minutes is saved; the same command again
-goes on. Results: PROJECT/report.md, ledger.csv, costs.csv.
+the plain model's output (not grouped-6-8's), and the plain model itself once more: the control. What a variant gains is
+the difference to that, set by set and seed by seed, in mAP50-95 of the last epoch on val. --cost times a training step
+and a forward pass of each variant beforehand, alone on the device. What is not finished after --minutes is saved; the
+same command again goes on. Results: PROJECT/report.md, ledger.csv, costs.csv.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
 
 import val
 from utils.errors import CheckpointError, ConfigError, DataError
@@ -146,3 +147,17 @@ def test_a_backbone_deeper_than_its_outputs(small, tmp_path):
     assert val.main([*argv, "--noplots"]) == 0
     results = load(tmp_path / "p34.pt", "cpu")(np.zeros((64, 96, 3), np.uint8), size=80)
     assert results.s == (1, 3, 64, 96)
+
+
+@pytest.mark.parametrize(
+    ("flags", "graphs"),
+    [
+        ([], False),
+        (["--batch-size", "8"], True),
+        (["--cuda-graphs", "on"], True),
+        (["--batch-size", "8", "--augment"], False),
+    ],
+)
+def test_small_batches_become_graphs(flags: list[str], graphs: bool) -> None:
+    args = val.build_parser().parse_args(["--weights", "best.pt", *flags])
+    assert val.uses_graphs(args, torch.device("cuda", 0)) == graphs

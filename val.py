@@ -111,18 +111,17 @@ def measure(args: argparse.Namespace) -> Metrics:
     data = DataConfig.load(args.data, args.single_cls)
     data.split(split_of(args))
 
-    import torch
-
+    from deploy.formats import format_of
     from models.surgery import use_dcn_backend
     from utils.console import LOGGER, setup_console
-    from utils.device import half_allowed, select_device
+    from utils.device import half_dtype, select_device
     from utils.files import new_run_dir
 
     setup_console()
     device = select_device(args.device)
     if args.task == "speed":
         args.half = device.type == "cuda"  # what a GPU is fastest in; nobody asked for it, so nothing is said
-    args.half = half_allowed(args.half, device)
+    args.dtype = half_dtype(args.half, device, exported=any(map(format_of, args.weights)))
     uses_graphs(args, device)
     if not args.noplots and not is_installed("matplotlib"):
         LOGGER.warning("no curves and pictures are drawn: matplotlib is not installed (pip install matplotlib)")
@@ -135,7 +134,7 @@ def measure(args: argparse.Namespace) -> Metrics:
         LOGGER.warning("--save-hybrid: labels take part in NMS, so precision, recall and mAP are inflated")
     models = [load(group, data, device, args) for group in weight_groups(args)]
     for model in models:
-        use_dcn_backend(model, args.dcn_backend, device, torch.float16 if args.half else torch.float32)
+        use_dcn_backend(model, args.dcn_backend, device, args.dtype)
     folder = new_run_dir(args.project, args.name, args.exist_ok)
     if args.task == "study":
         return study(args, data, models, device, folder)
@@ -286,7 +285,7 @@ def one_pass(
         iou_thres=args.iou_thres,
         max_det=args.max_det,
         single_cls=args.single_cls,
-        amp_dtype=torch.float16 if args.half else None,
+        amp_dtype=None if args.dtype == torch.float32 else args.dtype,
         hybrid=args.save_hybrid,
         observers=observers,
     )

@@ -4,7 +4,8 @@
 
 Upstream's figures are those of the same work on the same kind of machine (2 cores of an EPYC, 2026-11-24, 87 images
 of BCCD at 640 px, batch 32, trained weights): they make the ratio. The limit is the bare forward pass, timed here;
-beside it the same pass with weights and image laid out the usual way, turn by turn in one process.
+beside it the same pass with weights and image laid out the usual way, turn by turn in one process. On a CPU with
+bfloat16 products each model has a second row, with --half.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ import torch
 
 from benchmarks.report import cpu_name, heading, table
 from models.loading import load_model
+from models.surgery import in_dtype
 from utils.config import DataConfig
+from utils.device import cpu_has_bfloat16
 
 ROOT = Path(__file__).resolve().parents[1]
 UPSTREAM = {"yolov5n": (9.2, 32.0), "yolov5s": (18.5, 80.0), "yolov5s-dcn": (35.1, 208.0)}  # s of val, ms of detect
@@ -40,12 +43,12 @@ def run(script: str, *flags: str) -> tuple[float, str]:
     return seconds, done.stdout
 
 
-def forward_ms(weights: Path, imgsz: int, repeats: int = 9) -> tuple[float, float]:
+def forward_ms(weights: Path, imgsz: int, dtype: torch.dtype, repeats: int = 9) -> tuple[float, float]:
     """Milliseconds of one image through the fused model as load_model lays it out (channels last), and laid out the
     usual way (contiguous): the smallest of several turns of each, so that a busy moment spoils neither."""
-    model = load_model(weights)
+    model = in_dtype(load_model(weights, fuse=True), dtype)
     usual = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
-    image = torch.rand(1, 3, imgsz, imgsz)
+    image = torch.rand(1, 3, imgsz, imgsz, dtype=dtype)
     turns = [(model, image.contiguous(memory_format=torch.channels_last), []), (usual, image, [])]
     with torch.inference_mode():
         for _ in range(repeats):
@@ -54,6 +57,19 @@ def forward_ms(weights: Path, imgsz: int, repeats: int = 9) -> tuple[float, floa
                 network(picture)
                 times.append(time.perf_counter() - start)
     return 1000 * min(turns[0][2]), 1000 * min(turns[1][2])
+
+
+def measure(name: str, file: str, args: argparse.Namespace, folder: Path, images: int, half: bool) -> list[float]:
+    """A row of the table, without its name."""
+    shared = ["--weights", file, "--imgsz", str(args.imgsz), *(["--half"] if half else [])]
+    val_seconds, _ = run("val.py", *shared, "--data", args.data, "--batch-size", "32", "--workers", "2")
+    whole, out = run("detect.py", *shared, "--source", str(folder), "--nosave")
+    stages = re.findall(r"([\d.]+)ms (?:pre-process|inference|NMS)", out.split("Speed:")[-1])
+    per_image = sum(map(float, stages))
+    then_val, then_detect = UPSTREAM.get(name, (float("nan"),) * 2)
+    limit, usual = forward_ms(Path(file), args.imgsz, torch.bfloat16 if half else torch.float32)
+    row = [val_seconds, then_val, then_val / val_seconds, per_image, then_detect, then_detect / per_image]
+    return [*row, whole * 1000 / images, limit, usual, usual / limit]
 
 
 def main() -> None:
@@ -68,18 +84,9 @@ def main() -> None:
     rows = []
     for item in args.weights:
         name, file = item.split("=", 1)
-        shared = ["--weights", file, "--imgsz", str(args.imgsz)]
-        val_seconds, out = run("val.py", *shared, "--data", args.data, "--batch-size", "32", "--workers", "2")
-        whole, out = run("detect.py", *shared, "--source", str(folder), "--nosave")
-        per_image = sum(
-            float(ms) for ms in re.findall(r"([\d.]+)ms (?:pre-process|inference|NMS)", out.split("Speed:")[-1])
-        )
-        then_val, then_detect = UPSTREAM.get(name, (float("nan"),) * 2)
-        limit, usual = forward_ms(Path(file), args.imgsz)
-        rows.append(
-            [name, val_seconds, then_val, then_val / val_seconds, per_image, then_detect, then_detect / per_image]
-        )
-        rows[-1] += [whole * 1000 / images, limit, usual, usual / limit]
+        rows.append([name, *measure(name, file, args, folder, images, half=False)])
+        if cpu_has_bfloat16():
+            rows.append([f"{name} --half", *measure(name, file, args, folder, images, half=True)])
     print(heading(cpu_name()))
     header = [
         "model",

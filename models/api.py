@@ -14,11 +14,12 @@ from models.forward_graphs import ForwardGraphs
 from models.head import side_multiple
 from models.loading import load_model
 from models.results import Results
+from models.surgery import in_dtype
 from models.tta import augmented_forward
 from utils.augmentations import Letterbox, letterbox, letterbox_fit
 from utils.boxes import scale_to_original
 from utils.config import check_thresholds
-from utils.device import half_allowed, select_device, to_network_input
+from utils.device import half_dtype, select_device, to_network_input
 from utils.errors import ConfigError, SourceError, did_you_mean
 from utils.images import read_image
 from utils.nms import non_max_suppression
@@ -40,12 +41,12 @@ class Detector:
     def __init__(
         self, model: nn.Module, device: torch.device, half: bool = False, cuda_graphs: bool = False, **settings: Any
     ) -> None:
-        """``half`` runs in float16, on CUDA only (elsewhere one warning and float32). ``cuda_graphs``: on CUDA, input
+        """``half`` runs in float16 on CUDA, in bfloat16 on a CPU that has it (:func:`utils.device.half_dtype`).
+        ``cuda_graphs``: on CUDA, input
         shapes that come again are replayed as graphs (:mod:`models.forward_graphs`), where the model's hooks do not
         run. Raises ConfigError for an unknown setting or one out of range."""
-        half = half_allowed(half, device)
-        self.model = (model.half() if half else model.float()).to(device).eval()
-        self.device, self.dtype = device, torch.float16 if half else torch.float32
+        self.device, self.dtype = device, half_dtype(half, device, exported=next(model.parameters(), None) is None)
+        self.model = in_dtype(model, self.dtype).to(device).eval()
         self._graphs = ForwardGraphs(self.model) if cuda_graphs and device.type == "cuda" else None
         self.names: dict[int, str] = dict(model.names)
         self.stride = side_multiple(model.stride)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from models.common import DCN, Conv, DCNConv
+from models.head import Detect
 from models.ops.deform_conv import backend_for, obstacle_to
 from utils.console import LOGGER, plural
 from utils.errors import ConfigError
@@ -42,6 +43,17 @@ def _folded(weight: Tensor, bias: Tensor | None, bn: nn.BatchNorm2d) -> tuple[Te
     start = bias.double() if bias is not None else torch.zeros_like(scale)
     folded = weight.double() * scale.view(-1, *[1] * (weight.dim() - 1))
     return folded.to(weight.dtype), (bn.bias.double() + (start - bn.running_mean.double()) * scale).to(weight.dtype)
+
+
+def in_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """``model`` in ``dtype``, in place, but for the anchors of its heads: decoding is in float32, and bfloat16 would
+    round them by up to 0.4 %. Returns the model."""
+    heads = [module for module in model.modules() if isinstance(module, Detect)]
+    kept = [(head.anchors.float(), head.stride.float()) for head in heads]
+    model.to(dtype)
+    for head, (anchors, stride) in zip(heads, kept, strict=True):
+        head.anchors, head.stride = anchors.to(head.anchors.device), stride.to(head.stride.device)
+    return model
 
 
 def freeze(model: nn.Module, layers: Iterable[int]) -> list[str]:

@@ -119,7 +119,7 @@ def add_detection_flags(group: Any, conf: float, iou: float, max_det: int, graph
     )
     augment = "look at flipped and scaled copies as well: slower, finds a little more"
     group.add_argument("--augment", action="store_true", help=augment)
-    group.add_argument("--half", action="store_true", help="float16, on a GPU")
+    group.add_argument("--half", action="store_true", help="float16 on a GPU, bfloat16 on a CPU that has it")
     add_cuda_graphs_flag(group, "the model of a checkpoint", graphs)
 
 

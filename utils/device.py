@@ -93,11 +93,27 @@ def amp_dtype(choice: str, device: torch.device) -> torch.dtype | None:
     return torch.float16 if choice == "fp16" or not native_bf16 else torch.bfloat16
 
 
-def half_allowed(requested: bool, device: torch.device) -> bool:
-    """Whether ``--half`` can be followed: float16 is for CUDA devices; elsewhere one warning, and False."""
-    if requested and device.type != "cuda":
-        LOGGER.warning(f"--half: float16 is for CUDA devices; running in float32 on {device.type}")
-    return requested and device.type == "cuda"
+def half_dtype(requested: bool, device: torch.device, exported: bool = False) -> torch.dtype:
+    """What inference computes in: with ``--half`` float16 on CUDA, and bfloat16 on a CPU that multiplies it and for
+    checkpoints (``exported`` files have their own dtype inside); else float32, after one warning where half precision
+    was requested."""
+    if not requested:
+        return torch.float32
+    if device.type == "cuda":
+        return torch.float16
+    if device.type == "cpu" and not exported and cpu_has_bfloat16():
+        return torch.bfloat16
+    why = "an exported file keeps its own precision" if exported else f"no fast half precision on this {device.type}"
+    LOGGER.warning(f"--half: {why}; running in float32")
+    return torch.float32
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether the CPU has instructions for bfloat16 products (AMX, AVX512-BF16) and torch can tell; without them
+    bfloat16 is slower than float32."""
+    tell = getattr(torch.cpu, "get_capabilities", None)  # not in older releases
+    found = tell() if tell else {}
+    return bool(found.get("amx_bf16") or found.get("avx512_bf16"))
 
 
 def graphs_allowed(choice: str, device: torch.device, obstacle: str = "") -> bool:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import engine.evaluator
 import val
 from utils.errors import CheckpointError, ConfigError, DataError
 
@@ -161,3 +162,18 @@ def test_a_backbone_deeper_than_its_outputs(small, tmp_path):
 def test_small_batches_become_graphs(flags: list[str], graphs: bool) -> None:
     args = val.build_parser().parse_args(["--weights", "best.pt", *flags])
     assert val.uses_graphs(args, torch.device("cuda", 0)) == graphs
+
+
+def test_half_on_a_cpu_that_has_bfloat16(small, tmp_path, monkeypatch, caplog) -> None:
+    seen, evaluate = [], engine.evaluator.evaluate
+
+    def spy(*args, **settings):
+        seen.append(settings["amp_dtype"])
+        return evaluate(*args, **settings)
+
+    monkeypatch.setattr(engine.evaluator, "evaluate", spy)
+    monkeypatch.setattr("utils.device.cpu_has_bfloat16", lambda: True)
+    files = dict(weights=small / "model.pt", data=small / "data.yaml", project=tmp_path)
+    for half in (False, True):
+        val.run(**files, imgsz=64, device="cpu", workers=0, noplots=True, half=half)
+    assert seen == [None, torch.bfloat16] and "--half" not in caplog.text

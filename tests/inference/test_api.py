@@ -11,9 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
+import utils.device
 from models.api import Detector
+from models.loading import load_model
 from models.results import Results
 from tests.inference.conftest import BOXES, NAMES, FakeModel, picture, write_png
+from utils.boxes import box_iou
 from utils.errors import CheckpointError, ConfigError, DataError, SourceError
 from utils.files import ROOT
 from utils.images import read_image
@@ -100,9 +103,34 @@ def test_unknown_settings_and_sizes(detector: Detector) -> None:
             detector.round_size(size)
 
 
-def test_half_on_the_cpu_is_one_warning(log) -> None:
-    detector = Detector(FakeModel([]), torch.device("cpu"), half=True)
-    assert detector.dtype == torch.float32 and "running in float32 on cpu" in log.text
+DEMO = ROOT / "data" / "demo" / "yolov5n-dcn-start.pt"
+
+
+@pytest.mark.parametrize(
+    ("exported", "has", "why"),
+    [(True, True, "an exported file keeps its own precision"), (False, False, "no fast half precision on this cpu")],
+)
+def test_half_that_cannot_be_is_one_warning(exported: bool, has: bool, why: str, log, monkeypatch) -> None:
+    monkeypatch.setattr(utils.device, "cpu_has_bfloat16", lambda: has)
+    model = FakeModel([]) if exported else load_model(DEMO)
+    detector = Detector(model, torch.device("cpu"), half=True)
+    assert detector.dtype == torch.float32 and log.text.count(f"--half: {why}; running in float32") == 1
+
+
+def test_half_on_a_cpu_that_has_bfloat16(log, monkeypatch) -> None:
+    """The same objects; the anchors, which bfloat16 would round, stay as they are."""
+    monkeypatch.setattr(utils.device, "cpu_has_bfloat16", lambda: True)
+    file = next((ROOT / "data" / "bccd" / "images" / "val").iterdir())
+    found = []
+    for half in (False, True):
+        detector = Detector(load_model(DEMO, fuse=True), torch.device("cpu"), half=half, conf=0.4)
+        found.append(torch.as_tensor(detector(file, size=160).xyxy[0]))
+    plain, half = found
+    assert detector.dtype == detector.model.detect.m[0].weight.dtype == torch.bfloat16 and not log.text
+    assert torch.equal(detector.model.detect.anchors, load_model(DEMO).detect.anchors)
+    assert len(plain) >= 5 and abs(len(half) - len(plain)) <= 0.1 * len(plain) + 1
+    best = box_iou(plain[:, :4], half[:, :4]).amax(1)
+    assert (best > 0.85).float().mean() >= 0.9
 
 
 def test_coordinates_in_four_forms(results: Results) -> None:

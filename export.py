@@ -99,7 +99,7 @@ def export_all(args: argparse.Namespace) -> list[Path]:
     """The files written. Only from here on is anything heavy imported: --help and a wrong flag answer at once."""
     formats = formats_of(args)
 
-    from deploy.exporter import ExportOptions, export, prepare
+    from deploy.exporter import ExportOptions, check_options, export, prepare
     from utils.console import LOGGER, setup_console
     from utils.device import select_device
     from utils.images import read_image
@@ -120,6 +120,8 @@ def export_all(args: argparse.Namespace) -> list[Path]:
         device=select_device(args.device),
     )
     job = prepare(args.weights, options, read_image(args.image), args.cfg or None)
+    for kind in formats:
+        check_options(job, kind)
     written = [export(job, kind) for kind in formats]
     runnable = [str(path) for path, kind in zip(written, formats) if kind.runs]
     if runnable:

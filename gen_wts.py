@@ -21,7 +21,7 @@ def build_parser() -> Parser:
     """The flags."""
     parser = Parser(prog="gen_wts.py", description="Write a checkpoint's weights as text (.wts).")
     parser.add_argument("-w", "--weights", default="yolov5s.pt", metavar="PT", help="checkpoint (default: yolov5s.pt)")
-    parser.add_argument("-o", "--output", default="", metavar="WTS", help="file to write (default: beside the weights)")
+    parser.add_argument("-o", "--output", default="", metavar="WTS", help="file or folder (default: beside PT)")
     plain = "nothing but tensors: no class names and sizes, which take one line that C++ readers pass over"
     parser.add_argument("--plain", action="store_true", help=plain)
     parser.add_argument("--cfg", default="", metavar="YAML", help="model YAML, for a bare state dict")
@@ -33,7 +33,10 @@ def main(argv: Sequence[str]) -> int:
     """Write the file. Returns 0; raises UserError for wrong input."""
     args = build_parser().parse_args(argv)
     check_weights(args.weights)
-    output = Path(args.output or Path(args.weights).with_suffix(".wts"))
+    own = Path(args.weights).with_suffix(".wts")
+    output = Path(args.output or own)
+    if output.is_dir():
+        output /= own.name
     if output.suffix != ".wts":
         raise ConfigError(f"--output {output}: expected a name that ends in .wts")
 

@@ -86,6 +86,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         if value < least:
             raise ConfigError(f"{flag} {value}: must be at least {least}")
     args.save_txt |= args.save_hybrid
+    args.dtype = None  # float32, until the device is known
     check_detection_flags(args)
     if args.task == "speed":
         args.conf_thres, args.iou_thres = 0.25, 0.45
@@ -285,7 +286,7 @@ def one_pass(
         iou_thres=args.iou_thres,
         max_det=args.max_det,
         single_cls=args.single_cls,
-        amp_dtype=None if args.dtype == torch.float32 else args.dtype,
+        amp_dtype=None if args.dtype is torch.float32 else args.dtype,
         hybrid=args.save_hybrid,
         observers=observers,
     )

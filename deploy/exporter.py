@@ -92,6 +92,14 @@ def prepare(
     return Job(Path(weights), options, plain, image)
 
 
+def check_options(job: Job, kind: Format) -> None:
+    """Raise ConfigError for options that a format cannot take, before anything is written."""
+    options = job.options
+    form_of(job.plain, options.dcn, kind.name, options.device)
+    if kind.name == "ncnn" and (options.dynamic or options.batch != 1):
+        raise ConfigError("--include ncnn: runs one image of one size; leave out --dynamic and --batch-size")
+
+
 def export(job: Job, kind: Format, target: Path | None = None) -> Path:
     """Write one format, reopen it, compare it with the model on the picture, give it its name; returns that
     (``target``, or what :meth:`Format.file_for` says).
@@ -99,6 +107,7 @@ def export(job: Job, kind: Format, target: Path | None = None) -> Path:
     An older file of that name is replaced only then. Raises ExportError for a model that the format cannot hold and for
     a file that computes something else; ResourceError where the folder cannot be written to.
     """
+    check_options(job, kind)
     target = target or kind.file_for(job.weights, job.options.folder)
     if target.exists() and target.samefile(job.weights):
         raise ConfigError(

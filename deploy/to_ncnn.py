@@ -11,7 +11,7 @@ from torch import Tensor
 
 from deploy.metadata import Metadata
 from deploy.wrap import ExportModel, RawModel, quiet
-from utils.errors import ConfigError, ExportError
+from utils.errors import ExportError
 from utils.files import atomic_write
 
 PARAM, BIN, ENTRIES = "model.ncnn.param", "model.ncnn.bin", "metadata.json"
@@ -23,12 +23,10 @@ MAX_SECONDS = 1800
 def export_ncnn(model: ExportModel, example: Tensor, folder: Path, meta: Metadata) -> None:
     """Write ``folder`` with PARAM, BIN and ENTRIES.
 
-    Raises ConfigError for other batches and free sizes, ExportError when pnnx fails.
+    For one image of one size. Raises ExportError when pnnx fails.
     """
     import pnnx
 
-    if meta.dynamic or meta.batch != 1:
-        raise ConfigError("--include ncnn: runs one image of one size; leave out --dynamic and --batch-size")
     anchors = model.model.detect.anchors * model.model.detect.stride.view(-1, 1, 1)
     folder.mkdir()
     with quiet(), torch.no_grad():

@@ -72,7 +72,7 @@ def _row(image: np.ndarray, box: Sequence[float], label: str, sampling: Sampling
         cell = layer.cells(place)[None]
         points, masks = layer.points(cell)
         found.append((points[0], masks[0], layer.rest(cell)[0]))
-    cloud, weights = sampling.cloud(place)
+    cloud, weights, depth = sampling.cloud(place)
     window = _window(image.shape[:2], box, [to_image(points, letterbox) for points, _, _ in found])
     panels = []
     for number, (layer, (points, masks, rest)) in enumerate(zip(layers, found)):
@@ -84,7 +84,7 @@ def _row(image: np.ndarray, box: Sequence[float], label: str, sampling: Sampling
         panels.append(_finish(panel, box, window, f"{title}, moved {moved:.1f} px"))
     panel = _crop(image, window)
     _draw_points(panel, _in_panel(to_image(cloud, letterbox), window), (weights / weights.max()).numpy(), 2)
-    panels.append(_finish(panel, box, window, f"{len(layers)} layers composed"))
+    panels.append(_finish(panel, box, window, f"last {depth} of {len(sampling.layers)} layers composed"))
     field = _field_over(image.shape[:2], sampling.effective_field(place).numpy(), letterbox)
     panels.append(_finish(_heat(_crop(image, window), _crop(field, window)), box, window, "effective receptive field"))
     return _side_by_side(panels)

@@ -55,6 +55,11 @@ def build_model(cfg: TrainConfig, hyp: Hyp, data: DataConfig, device: torch.devi
     LOGGER.info(report.text())
     if cfg.dcn and not cfg.resume:  # a resumed run's checkpoint describes its model with them
         _make_deformable(model, cfg)
+    if model.yaml.get("dcn_options") and not model.yaml.get("dcn"):
+        raise ConfigError(
+            f"--cfg {cfg.cfg or weights}: dcn_options: no layer is made deformable, so they would change nothing; list "
+            f"layers in dcn: or --dcn, or give the options as arguments of the model's DCN rows"
+        )
     frozen = freeze(model, cfg.freeze_layers)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError(f"--freeze {cfg.freeze[0]}: freezes all {len(model.model)} layers, nothing is left to train")

@@ -77,8 +77,8 @@ def resumed_settings(settings: dict[str, Any], given: set[str]) -> dict[str, Any
     for name in sorted(given - MAY_CHANGE):
         if name in stored and stored[name] != settings[name]:
             raise ConfigError(
-                f"--{name.replace('_', '-')} {settings[name]}: cannot change on --resume (the run has {stored[name]}); "
-                f"leave it out, or start anew with --weights {last}"
+                f"--{name.replace('_', '-')} {settings[name]}: cannot change on --resume (the run has "
+                f"{stored[name] or 'none'}); leave it out, or start anew with --weights {last}"
             )
     changed = {name: settings[name] for name in given & MAY_CHANGE}
     settings = {**settings, **stored, **changed, "hyp": str(run_dir / "hyp.yaml"), "resume": str(last)}

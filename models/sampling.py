@@ -85,18 +85,22 @@ class Sampling:
     image: Tensor
     outputs: list[Tensor]
 
-    def cloud(self, place: Tensor) -> tuple[Tensor, Tensor]:
-        """(M, 2) pixels and (M,) weights: what the last layer's output at ``place`` (2,), (y, x) pixels, sees through
-        the layers before it: each of its points is a place at which the layer before is asked, and so on. The weight
-        of a point is the product of its masks. What lies between the layers is left out."""
-        points, weights = place[None].float(), torch.ones(1)
+    def cloud(self, place: Tensor) -> tuple[Tensor, Tensor, int]:
+        """(M, 2) pixels, (M,) weights and the number of layers taken, the last ones, as many as MOST_POINTS allow.
+
+        What the last layer's output at ``place`` (2,), (y, x) pixels, sees through the layers before it: each of its
+        points is a place at which the layer before is asked, and so on. The weight of a point is the product of its
+        masks. What lies between the layers is left out.
+        """
+        points, weights, depth = place[None].float(), torch.ones(1), 0
         for layer in reversed(self.layers):
             each = layer.raw.shape[0] // 3
             if len(points) * each > MOST_POINTS:
                 break
             found, masks = layer.points(layer.cells(points))
             points, weights = found.flatten(0, 1), (weights[:, None] * masks).flatten()
-        return points, weights
+            depth += 1
+        return points, weights, depth
 
     def effective_field(self, place: Tensor) -> Tensor:
         """(H, W) float32, 0..1: how much each pixel moves the energy (half the sum of squares) of the last layer's

@@ -202,6 +202,8 @@ class DataConfig:
         """
         found = find_file(path, ("data",))
         if found is None:
+            if Path(path).is_dir():
+                raise DataError(f"--data {path}: is a folder; give the dataset YAML in it")
             known = sorted(p.name for p in (ROOT / "data").glob("*.yaml"))
             raise DataError(
                 f"--data {path}: no such file{did_you_mean(Path(path).name, known)} (there are: {', '.join(known)})"

@@ -179,6 +179,7 @@ def test_run_from_python(tmp_path: Path, tiny: Path) -> None:
 
 WRONG_FLAGS = {
     "no data file": (["--data", "nope.yaml"], "--data nope.yaml: no such file"),
+    "data folder": (["--data", "data"], "--data data: is a folder; give the dataset YAML in it"),
     "near miss": (["--data", "bcdd.yaml"], "did you mean 'bccd.yaml'?"),
     "no cfg": (["--cfg", "yolov5q.yaml"], "yolov5q.yaml"),
     "no weights": (["--weights", "nope.pt"], "nope.pt: no such file"),
@@ -206,6 +207,16 @@ def test_wrong_flags(case: str, tmp_path: Path, train_cli) -> None:
     status, _, err = train_cli(*flags)
     assert status == 2
     assert expected in err and err.startswith("error: ") and err.count("\n") == 1, err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_options_of_dcn_layers_that_are_not_there(tmp_path: Path, train_cli) -> None:
+    """The rows have DCN layers, but dcn_options are for those of dcn: and --dcn."""
+    cfg = tmp_path / "mine.yaml"
+    cfg.write_text((ROOT / "models" / "yolov5n-dcn.yaml").read_text() + "\ndcn_options: {bound: 4}\n")
+    status, _, err = train_cli("--cfg", str(cfg))
+    assert status == 2 and err.count("\n") == 1
+    assert err.startswith(f"error: --cfg {cfg}: dcn_options: no layer is made deformable")
     assert not (tmp_path / "runs").exists()
 
 

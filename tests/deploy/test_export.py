@@ -113,6 +113,8 @@ def test_suppression_inside(tiny: Path, make_job, picture: np.ndarray, tmp_path:
         (["--include", "onx"], "--include onx: no such format, did you mean 'onnx'? (see export.py --list)"),
         (["--include", "wts", "--nms"], "--nms: goes into ONNX files only"),
         (["--include", "ncnn", "--dynamic"], "--include ncnn: runs one image of one size"),
+        (["--include", "wts", "onnx", "ncnn", "--dynamic"], "--include ncnn: runs one image of one size"),
+        (["--include", "wts", "onnx", "--dcn", "fused"], "--dcn fused: not in onnx here"),
         (["--image", "nowhere.jpg"], "nowhere.jpg"),
         (["--conf-thres", 2], "--conf-thres"),
         (["--int8"], "--int8: eight-bit files are not offered"),

@@ -216,6 +216,7 @@ def test_gen_wts_and_export_write_the_same(weights: Path, tmp_path: Path) -> Non
     assert run_cli(gen_wts.main, ["-w", str(weights), "-o", str(tmp_path / "a.wts"), "--plain"]) == 0
     assert (tmp_path / "a.wts").read_bytes() == naive(wts_tensors(load_model(weights, fuse=False)))
     assert run_cli(export.main, ["--weights", str(weights), "--include", "wts", "--output", str(tmp_path)]) == 0
+    assert run_cli(gen_wts.main, ["-w", str(weights), "-o", str(tmp_path)]) == 0  # a folder, in the same place
     tensors, meta = read_wts(tmp_path / "cells.wts")
     assert meta["names"] == ["RBC", "WBC", "Platelets"] and meta["stride"] == 32
     assert list(tensors) == list(read_wts(tmp_path / "a.wts")[0])

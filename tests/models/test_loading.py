@@ -14,6 +14,7 @@ from models.yolo import DetectionModel
 from tests.models.reference import fill, image
 from utils.checkpoint import save_checkpoint
 from utils.errors import CheckpointError, ConfigError
+from utils.files import ROOT
 
 
 def save(path: Path, model: DetectionModel, half: bool = False, **meta) -> Path:
@@ -116,3 +117,13 @@ def test_faults_are_one_line(source: DetectionModel, weights: Path, tmp_path: Pa
     save_checkpoint(alien, {"backbone.weight": torch.ones(2)}, {"yaml": source.yaml, "nc": 3})
     with pytest.raises(CheckpointError, match="nothing in it fits"):
         build_or_load("yolov5n.yaml", alien, nc=3)
+
+
+def test_bare_tensors_with_the_yaml_that_lists_their_dcn_layers(tmp_path: Path) -> None:
+    text = (ROOT / "models" / "yolov5n.yaml").read_text() + "\ndcn: [c3:8]\ndcn_options: {offset_groups: 2}\n"
+    (tmp_path / "mine.yaml").write_text(text)
+    model = fill(DetectionModel(tmp_path / "mine.yaml", nc=3)).eval()
+    torch.save(model.state_dict(), tmp_path / "bare.pt")
+    loaded = load_model(tmp_path / "bare.pt", cfg=tmp_path / "mine.yaml", fuse=False)
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in loaded.state_dict().items())
+    assert "model.8.m.0.cv2.conv.conv_offset_mask.weight" in loaded.state_dict()

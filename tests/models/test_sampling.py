@@ -73,8 +73,8 @@ def test_composed_points() -> None:
     with_offsets(model[2], dy=2.0, logit=-1.0)
     sampling = look(model, torch.rand(1, 3, 96, 96))
     place = sampling.layers[-1].target.places(torch.tensor([6.0, 6.0]))
-    points, weights = sampling.cloud(place)
-    assert points.shape == (81, 2)
+    points, weights, depth = sampling.cloud(place)
+    assert points.shape == (81, 2) and depth == 2
     assert torch.allclose(weights, (torch.tensor(1.0).sigmoid() * torch.tensor(-1.0).sigmoid()).expand(81))
     # the last layer looks 2 cells of 4 pixels lower, the first 1 cell of 2 pixels to the right
     assert torch.allclose(points.mean(0) - place, torch.tensor([8.0, 2.0]), atol=1e-3)
@@ -100,3 +100,9 @@ def test_whole_models_in_the_order_they_run() -> None:
 def test_a_model_without_dcn_is_refused() -> None:
     with pytest.raises(ConfigError, match="--show-offsets: this model has no DCN layer"):
         look(DetectionModel("yolov5n.yaml", nc=2), torch.rand(1, 3, 64, 64))
+
+
+def test_a_cloud_ends_before_it_has_too_many_points() -> None:
+    model = nn.Sequential(*(DCN(4, 4, 3, 1, offset_groups=4) for _ in range(4))).eval()
+    points, weights, depth = look(model, torch.rand(1, 4, 8, 8)).cloud(torch.tensor([4.0, 4.0]))
+    assert depth == 2 and points.shape == (36**2, 2) and weights.shape == (36**2,)

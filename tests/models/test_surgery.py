@@ -68,7 +68,7 @@ def test_frozen_norms_still_follow_the_data() -> None:
 
 @pytest.mark.parametrize("layer", [25, -1])
 def test_freeze_refuses_a_layer_that_is_not_there(layer: int) -> None:
-    with pytest.raises(ConfigError, match=f"--freeze {layer}: the model has layers 0..24"):
+    with pytest.raises(ConfigError, match=f"--freeze: there is no layer {layer}, the model has layers 0..24"):
         freeze(DetectionModel("yolov5n.yaml", nc=1), [layer])
 
 

@@ -32,7 +32,7 @@ def test_a_module_of_our_own_that_is_missing_is_a_bug() -> None:
 
 @pytest.mark.parametrize(
     ("given", "seen"),
-    [({}, "20000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None")],
+    [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None")],
 )
 def test_waiting_threads_sleep_soon(given: dict[str, str], seen: str) -> None:
     code = "import os, utils.errors as e; e.run_cli(lambda argv: print(os.environ.get('GOMP_SPINCOUNT')), [])"

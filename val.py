@@ -149,7 +149,7 @@ def weight_groups(args: argparse.Namespace) -> list[list[str]]:
 
 def load(weights: list[str], data: DataConfig, device: torch.device, args: argparse.Namespace) -> nn.Module:
     """The model on its device. Raises ConfigError when its classes are not those of the data set, or when it is an
-    exported file of one size and --task study asks for many."""
+    exported file of one size and --task study or --augment ask for many."""
     from deploy.runtime import open_model
     from utils.console import LOGGER
     from utils.device import describe_device
@@ -157,8 +157,9 @@ def load(weights: list[str], data: DataConfig, device: torch.device, args: argpa
     model = open_model(weights, device, args.cfg)
     if getattr(model, "suppresses", False):
         LOGGER.warning(f"{weights[0]}: has its own threshold and suppression inside: its mAP is not that of others")
-    if args.task == "study" and getattr(model, "imgsz", None):
-        raise ConfigError(f"--task study: {weights[0]} takes one image size; export it with --dynamic")
+    many = "--task study" if args.task == "study" else "--augment" if args.augment else ""
+    if many and getattr(model, "imgsz", None):
+        raise ConfigError(f"{many}: {weights[0]} takes one image size; export it with --dynamic")
     names = dict(model.names)
     LOGGER.info(f"{', '.join(weights)} on {describe_device(device)}")
     if args.single_cls:

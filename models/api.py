@@ -62,8 +62,11 @@ class Detector:
         self.check()
 
     def check(self) -> None:
-        """Raise ConfigError, naming the flag, when a threshold or a class number is out of range."""
+        """Raise ConfigError, naming the flag, when a threshold or a class number is out of range, or the model takes no
+        other sizes for ``augment``."""
         check_thresholds(self.conf, self.iou, self.max_det)
+        if self.augment and self.imgsz is not None:
+            raise ConfigError("--augment: looks at several sizes, and this file takes one; export it with --dynamic")
         if isinstance(self.classes, int):
             self.classes = [self.classes]
         for number in self.classes or ():

@@ -177,3 +177,14 @@ def test_half_on_a_cpu_that_has_bfloat16(small, tmp_path, monkeypatch, caplog) -
     for half in (False, True):
         val.run(**files, imgsz=64, device="cpu", workers=0, noplots=True, half=half)
     assert seen == [None, torch.bfloat16] and "--half" not in caplog.text
+
+
+@pytest.mark.parametrize("flags", [["--augment"], ["--task", "study"]])
+def test_a_file_of_one_size_is_not_asked_for_others(flags: list[str], small, tmp_path, monkeypatch) -> None:
+    model = torch.nn.Module()
+    model.imgsz, model.names = (64, 64), {0: "cat", 1: "dog"}
+    monkeypatch.setattr("deploy.runtime.open_model", lambda *args: model)
+    argv = ["--weights", str(small / "model.pt"), "--data", str(small / "data.yaml"), "--device", "cpu"]
+    with pytest.raises(ConfigError, match=f"{flags[0]}.*takes one image size"):
+        val.main([*argv, *flags, "--project", str(tmp_path / "runs")])
+    assert not (tmp_path / "runs").exists()

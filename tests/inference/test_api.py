@@ -103,6 +103,13 @@ def test_unknown_settings_and_sizes(detector: Detector) -> None:
             detector.round_size(size)
 
 
+def test_a_file_of_one_size_is_not_augmented() -> None:
+    model = FakeModel([])
+    model.imgsz = (96, 128)
+    with pytest.raises(ConfigError, match="--augment: .* this file takes one"):
+        Detector(model, torch.device("cpu"), augment=True)
+
+
 DEMO = ROOT / "data" / "demo" / "yolov5n-dcn-start.pt"
 
 

@@ -31,6 +31,9 @@ from typing import Any
 
 from benchmarks.launch import torchrun
 from benchmarks.report import cpu_name, heading, table
+from models.spec import read_spec
+from utils.config import DataConfig
+from utils.errors import run_cli
 
 
 @dataclass(frozen=True)
@@ -350,7 +353,7 @@ HEADER = [
 HEADER += ["messages, ms", "not hidden, ms", "alone, ms"]
 
 
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpus", type=int, nargs="+", default=[1, 2], help="numbers of GPUs (processes on a CPU)")
     parser.add_argument("--cfg", nargs="+", default=["yolov5s", "yolov5x-dcn"], help="models")
@@ -380,11 +383,15 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     uneven = [gpus for gpus in args.gpus if args.total % gpus]
     if uneven:
         parser.error(f"--total {args.total} images cannot be shared out over {uneven[0]} GPUs: give a multiple of it")
+    for name in args.cfg:
+        read_spec(f"{name}.yaml")
+    if args.data:
+        DataConfig.load(args.data)
     return args
 
 
-def main() -> None:
-    args = parse()
+def main(argv: Sequence[str]) -> int | None:
+    args = parse(argv)
     if args.worker:
         return work(args)
     gathered: dict[str, Any] = {"results": [], "link": {}, "device": "?"}
@@ -392,7 +399,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for gpus in args.gpus:
             file = Path(folder) / f"{gpus}.json"
-            own = ["-m", "benchmarks.scaling", *sys.argv[1:], "--worker", "--json", str(file)]
+            own = ["-m", "benchmarks.scaling", *argv, "--worker", "--json", str(file)]
             try:
                 torchrun(gpus, [*own, "--total", str(args.total)])
             except SystemExit as error:
@@ -403,6 +410,8 @@ def main() -> None:
             part = json.loads(file.read_text())
             gathered["results"] += part["results"]
             gathered["link"][gpus], gathered["device"] = part["link"], part["device"]
+    if not gathered["results"]:
+        return 1
     if args.json:
         Path(args.json).write_text(json.dumps(gathered, indent=1))
     print("\n" + heading(f"{gathered['device']}; {cpu_name()}; {args.imgsz} px, --amp {args.amp}"))
@@ -412,8 +421,9 @@ def main() -> None:
             rate = f"{link['bus_gb_per_second']:.1f} GB/s a link of a ring"
             print(f"\nAll-reduce of {link['megabytes']:g} MB over {gpus}: {link['ms']:.2f} ms, {rate}")
     if failed:
-        sys.exit("some cases are missing, see above")
+        print("some cases are missing, see above", file=sys.stderr)
+    return int(failed)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_cli(main))

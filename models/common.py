@@ -88,6 +88,8 @@ class DCN(nn.Module):
         if min(d if isinstance(d, Sequence) else (d,)) < 1:
             raise ValueError(f"DCN: dilation {d!r} would read one place with every tap")
         kernel = (k, k) if isinstance(k, int) else tuple(k)
+        if min(kernel) < 1:
+            raise ValueError(f"DCN: kernel {k!r}: 1 or more")
         self.stride, self.padding, self.dilation = s, autopad(k, p, d), d
         self.offset_groups = offset_groups
         self.backend = "auto"  # one of models.ops.deform_conv.BACKENDS

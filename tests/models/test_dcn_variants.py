@@ -179,3 +179,9 @@ def test_grouped_sampling_in_a_model(tmp_path: Path) -> None:
 
 def test_plain_layers_are_what_they_were() -> None:
     assert type(DCN(4, 8).conv_offset_mask) is nn.Conv2d and type(DCNConv(4, 8).conv.conv_offset_mask) is nn.Conv2d
+
+
+@pytest.mark.parametrize("kernel", [0, (3, 0)])
+def test_a_kernel_without_taps_is_refused(kernel: int | tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match="kernel .*: 1 or more"):
+        DCN(4, 4, kernel)

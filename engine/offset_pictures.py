@@ -62,6 +62,10 @@ def offset_picture(
     return np.concatenate(rows) if rows else None
 
 
+def _composed(depth: int, layers: int) -> str:
+    return f"{layers} layers composed" if depth == layers else f"last {depth} of {layers} layers composed"
+
+
 def _row(image: np.ndarray, box: Sequence[float], label: str, sampling: Sampling, letterbox: Letterbox) -> np.ndarray:
     """The panels of one object, side by side."""
     centre = torch.tensor([(box[1] + box[3]) / 2, (box[0] + box[2]) / 2])
@@ -84,7 +88,7 @@ def _row(image: np.ndarray, box: Sequence[float], label: str, sampling: Sampling
         panels.append(_finish(panel, box, window, f"{title}, moved {moved:.1f} px"))
     panel = _crop(image, window)
     _draw_points(panel, _in_panel(to_image(cloud, letterbox), window), (weights / weights.max()).numpy(), 2)
-    panels.append(_finish(panel, box, window, f"last {depth} of {len(sampling.layers)} layers composed"))
+    panels.append(_finish(panel, box, window, _composed(depth, len(sampling.layers))))
     field = _field_over(image.shape[:2], sampling.effective_field(place).numpy(), letterbox)
     panels.append(_finish(_heat(_crop(image, window), _crop(field, window)), box, window, "effective receptive field"))
     return _side_by_side(panels)

@@ -128,8 +128,7 @@ def described_by(cfg: str | Path, checkpoint: Checkpoint) -> Checkpoint:
     biases = [tensor for name, tensor in checkpoint.model.items() if name.endswith(".m.0.bias") and tensor.dim() == 1]
     outputs = len(biases[-1]) / spec.anchors_per_cell if biases else 0
     nc = int(outputs) - 5 if outputs > 5 and outputs.is_integer() else spec.nc
-    deformable = {"dcn": list(spec.dcn)} if spec.dcn else {}  # the spec's YAML is what there is without them
-    return replace(checkpoint, meta={**checkpoint.meta, "yaml": {**spec.yaml, **deformable, "nc": nc}, "nc": nc})
+    return replace(checkpoint, meta={**checkpoint.meta, "yaml": {**spec.yaml, "nc": nc}, "nc": nc})
 
 
 def fill_described(checkpoint: Checkpoint) -> DetectionModel:

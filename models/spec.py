@@ -94,7 +94,7 @@ def read_spec(
         activation=_activation(values, "activation", text),
         csp_activation=_activation(values, "csp_activation", text),
         rows=[row for part in ("backbone", "head") for row in _rows(part, values[part], text)],
-        dcn=_dcn(values.pop("dcn", None), text),
+        dcn=_dcn(values.get("dcn"), text),
         dcn_where=f"{text('dcn')}: dcn",
         dcn_options=_dcn_options(values.get("dcn_options"), text),
     )

@@ -47,7 +47,8 @@ class DetectionModel(nn.Module):
     ) -> None:
         super().__init__()
         read = read_spec(spec, ch, nc, anchors)
-        self.yaml_file, self.yaml, self.nc = read.name, read.yaml, read.nc
+        self.yaml_file, self.nc = read.name, read.nc
+        self.yaml = {key: value for key, value in read.yaml.items() if key != "dcn"}  # it will name what was made
         self.model, self.layers = parse_model(read)
         self.names = {number: str(number) for number in range(read.nc)}
         self.save = sorted(i for layer in self.layers for i in layer.kept)

@@ -51,8 +51,9 @@ class DcnWatch:
     """Statistics of every layer of ``model`` that has a ``conv_offset_mask`` branch (models.common.DCN).
 
     The branch is a convolution whose output (B, 3*K*G, H', W') holds (y, x) offsets in input pixels for K taps and G
-    groups, then K*G mask logits. Of the training steps of an epoch that :meth:`step` surrounds the first and every
-    ``every``-th after it is measured, on the device and without reading anything back; in the others nothing is hooked.
+    groups, then K*G mask logits. The model is on its device by now. Of the training steps of an epoch that :meth:`step`
+    surrounds the first and every ``every``-th after it is measured, on the device and without reading anything back; in
+    the others nothing is hooked.
     """
 
     def __init__(self, model: nn.Module, every: int = 50) -> None:
@@ -63,10 +64,13 @@ class DcnWatch:
         }
         self.every = every
         self._steps = 0
-        # Made before a measured step and written to inside it: what is allocated inside may lie in the memory of CUDA
-        # graphs (engine/graphs.py), which the next replay writes over.
-        self._sums: dict[str, Tensor] = {}  # (5,) sums over samplings: mean |offset|, max, outside, mask, count
-        self._lengths: dict[str, Tensor] = {}  # (SAMPLE,) of the newest sampling, as many as _sampled says
+        # Made here and written to inside a measured step: what is allocated inside may lie in the memory of CUDA graphs
+        # (engine/graphs.py), which the next replay writes over.
+        devices = {name: next(branch.parameters()).device for name, branch in self.layers.items()}
+        # (5,) sums over samplings: mean |offset|, max, outside, mask, count
+        self._sums = {name: torch.zeros(5, device=device) for name, device in devices.items()}
+        # (SAMPLE,) lengths of the newest sampling, as many as _sampled says
+        self._lengths = {name: torch.empty(SAMPLE, device=device) for name, device in devices.items()}
         self._sampled: dict[str, int] = {}
         self._geometry: dict[str, Geometry] = {}
         self._warned: set[str] = set()
@@ -81,13 +85,6 @@ class DcnWatch:
         measured = bool(self.layers) and self._steps % self.every == 0
         self._steps += 1
         hooked = self.layers.items() if measured else ()
-        for name, branch in hooked:
-            if name not in self._sums:
-                device = next(branch.parameters()).device
-                self._sums[name], self._lengths[name] = (
-                    torch.zeros(5, device=device),
-                    torch.empty(SAMPLE, device=device),
-                )
         handles = [branch.register_forward_hook(self._hook(name)) for name, branch in hooked]
         try:
             yield measured

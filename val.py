@@ -86,7 +86,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         if value < least:
             raise ConfigError(f"{flag} {value}: must be at least {least}")
     args.save_txt |= args.save_hybrid
-    args.dtype = None  # float32, until the device is known
+    args.amp_dtype = None  # float32, until the device is known
     check_detection_flags(args)
     if args.task == "speed":
         args.conf_thres, args.iou_thres = 0.25, 0.45
@@ -112,7 +112,8 @@ def measure(args: argparse.Namespace) -> Metrics:
     data = DataConfig.load(args.data, args.single_cls)
     data.split(split_of(args))
 
-    from deploy.formats import format_of
+    import torch
+
     from models.surgery import use_dcn_backend
     from utils.console import LOGGER, setup_console
     from utils.device import half_dtype, select_device
@@ -122,7 +123,7 @@ def measure(args: argparse.Namespace) -> Metrics:
     device = select_device(args.device)
     if args.task == "speed":
         args.half = device.type == "cuda"  # what a GPU is fastest in; nobody asked for it, so nothing is said
-    args.dtype = half_dtype(args.half, device, exported=any(map(format_of, args.weights)))
+    args.amp_dtype = half_dtype(args.half, device, names_exported(args))
     uses_graphs(args, device)
     if not args.noplots and not is_installed("matplotlib"):
         LOGGER.warning("no curves and pictures are drawn: matplotlib is not installed (pip install matplotlib)")
@@ -135,7 +136,7 @@ def measure(args: argparse.Namespace) -> Metrics:
         LOGGER.warning("--save-hybrid: labels take part in NMS, so precision, recall and mAP are inflated")
     models = [load(group, data, device, args) for group in weight_groups(args)]
     for model in models:
-        use_dcn_backend(model, args.dcn_backend, device, args.dtype)
+        use_dcn_backend(model, args.dcn_backend, device, args.amp_dtype or torch.float32)
     folder = new_run_dir(args.project, args.name, args.exist_ok)
     if args.task == "study":
         return study(args, data, models, device, folder)
@@ -250,7 +251,6 @@ def one_pass(
     args: argparse.Namespace, data: DataConfig, model: nn.Module, device: torch.device, observers: Sequence[Any] = ()
 ) -> Metrics:
     """Make the loader for ``args.imgsz`` and evaluate."""
-    import torch
 
     from engine.evaluator import evaluate
     from models.head import side_multiple
@@ -287,20 +287,26 @@ def one_pass(
         iou_thres=args.iou_thres,
         max_det=args.max_det,
         single_cls=args.single_cls,
-        amp_dtype=None if args.dtype is torch.float32 else args.dtype,
+        amp_dtype=args.amp_dtype,
         hybrid=args.save_hybrid,
         observers=observers,
     )
 
 
+def names_exported(args: argparse.Namespace) -> bool:
+    """Whether --weights names an exported file."""
+    from deploy.formats import format_of
+
+    return any(map(format_of, args.weights))
+
+
 def uses_graphs(args: argparse.Namespace, device: torch.device) -> bool:
     """Whether the model runs as CUDA graphs. ConfigError where it cannot and was asked to."""
-    from deploy.formats import format_of
     from utils.device import graphs_allowed
 
-    obstacle = "they are for checkpoints (.pt)" if any(format_of(path) for path in args.weights) else ""
     if args.cuda_graphs == "auto" and args.batch_size > MOST_IN_GRAPHS:
         return False
+    obstacle = "they are for checkpoints (.pt)" if names_exported(args) else ""
     return graphs_allowed(args.cuda_graphs, device, "--augment runs several sizes" if args.augment else obstacle)
 
 

@@ -46,7 +46,7 @@ def run(script: str, *flags: str) -> tuple[float, str]:
 def forward_ms(weights: Path, imgsz: int, dtype: torch.dtype, repeats: int = 9) -> tuple[float, float]:
     """Milliseconds of one image through the fused model as load_model lays it out (channels last), and laid out the
     usual way (contiguous): the smallest of several turns of each, so that a busy moment spoils neither."""
-    model = in_dtype(load_model(weights, fuse=True), dtype)
+    model = in_dtype(load_model(weights), dtype)
     usual = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
     image = torch.rand(1, 3, imgsz, imgsz, dtype=dtype)
     turns = [(model, image.contiguous(memory_format=torch.channels_last), []), (usual, image, [])]

@@ -42,10 +42,10 @@ class Detector:
         self, model: nn.Module, device: torch.device, half: bool = False, cuda_graphs: bool = False, **settings: Any
     ) -> None:
         """``half`` runs in float16 on CUDA, in bfloat16 on a CPU that has it (:func:`utils.device.half_dtype`).
-        ``cuda_graphs``: on CUDA, input
-        shapes that come again are replayed as graphs (:mod:`models.forward_graphs`), where the model's hooks do not
-        run. Raises ConfigError for an unknown setting or one out of range."""
-        self.device, self.dtype = device, half_dtype(half, device, exported=next(model.parameters(), None) is None)
+        ``cuda_graphs``: on CUDA, input shapes that come again are replayed as graphs (:mod:`models.forward_graphs`),
+        where the model's hooks do not run. Raises ConfigError for an unknown setting or one out of range."""
+        exported = next(model.parameters(), None) is None
+        self.device, self.dtype = device, half_dtype(half, device, exported) or torch.float32
         self.model = in_dtype(model, self.dtype).to(device).eval()
         self._graphs = ForwardGraphs(self.model) if cuda_graphs and device.type == "cuda" else None
         self.names: dict[int, str] = dict(model.names)

@@ -52,7 +52,7 @@ def in_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     kept = [(head.anchors.float(), head.stride.float()) for head in heads]
     model.to(dtype)
     for head, (anchors, stride) in zip(heads, kept, strict=True):
-        head.anchors, head.stride = anchors.to(head.anchors.device), stride.to(head.stride.device)
+        head.anchors, head.stride = anchors, stride
     return model
 
 

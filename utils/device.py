@@ -93,19 +93,19 @@ def amp_dtype(choice: str, device: torch.device) -> torch.dtype | None:
     return torch.float16 if choice == "fp16" or not native_bf16 else torch.bfloat16
 
 
-def half_dtype(requested: bool, device: torch.device, exported: bool = False) -> torch.dtype:
+def half_dtype(requested: bool, device: torch.device, exported: bool = False) -> torch.dtype | None:
     """What inference computes in: with ``--half`` float16 on CUDA, and bfloat16 on a CPU that multiplies it and for
-    checkpoints (``exported`` files have their own dtype inside); else float32, after one warning where half precision
-    was requested."""
+    checkpoints (``exported`` files have their own dtype inside); else None, float32, after one warning where half
+    precision was requested."""
     if not requested:
-        return torch.float32
+        return None
     if device.type == "cuda":
         return torch.float16
     if device.type == "cpu" and not exported and cpu_has_bfloat16():
         return torch.bfloat16
     why = "an exported file keeps its own precision" if exported else f"no fast half precision on this {device.type}"
     LOGGER.warning(f"--half: {why}; running in float32")
-    return torch.float32
+    return None
 
 
 def cpu_has_bfloat16() -> bool:

@@ -130,7 +130,7 @@ def test_half_on_a_cpu_that_has_bfloat16(log, monkeypatch) -> None:
     file = next((ROOT / "data" / "bccd" / "images" / "val").iterdir())
     found = []
     for half in (False, True):
-        detector = Detector(load_model(DEMO, fuse=True), torch.device("cpu"), half=half, conf=0.4)
+        detector = Detector(load_model(DEMO), torch.device("cpu"), half=half, conf=0.4)
         found.append(torch.as_tensor(detector(file, size=160).xyxy[0]))
     plain, half = found
     assert detector.dtype == detector.model.detect.m[0].weight.dtype == torch.bfloat16 and not log.text

@@ -7,10 +7,21 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
+from models.spec import read_spec
+from utils.config import DataConfig
 from utils.files import ROOT
 
 NO_MULTICAST = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NVSHMEM_DISABLE_NVLS": "1"}
 """NVLink multicast off: on some shared hosts a program that uses it puts the GPUs out of service."""
+
+
+def check_files(cfgs: Sequence[str], data: str) -> None:
+    """ConfigError or DataError, before any process is started, for a model ("yolov5s") or a dataset YAML ("": none)
+    that is not there or faulty."""
+    for name in cfgs:
+        read_spec(f"{name}.yaml")
+    if data:
+        DataConfig.load(data)
 
 
 def torchrun(processes: int, target: Sequence[str], quiet: bool = False) -> str:

@@ -29,10 +29,8 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
-from benchmarks.launch import torchrun
+from benchmarks.launch import check_files, torchrun
 from benchmarks.report import cpu_name, heading, table
-from models.spec import read_spec
-from utils.config import DataConfig
 from utils.errors import run_cli
 
 
@@ -383,10 +381,6 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     uneven = [gpus for gpus in args.gpus if args.total % gpus]
     if uneven:
         parser.error(f"--total {args.total} images cannot be shared out over {uneven[0]} GPUs: give a multiple of it")
-    for name in args.cfg:
-        read_spec(f"{name}.yaml")
-    if args.data:
-        DataConfig.load(args.data)
     return args
 
 
@@ -394,6 +388,7 @@ def main(argv: Sequence[str]) -> int | None:
     args = parse(argv)
     if args.worker:
         return work(args)
+    check_files(args.cfg, args.data)
     gathered: dict[str, Any] = {"results": [], "link": {}, "device": "?"}
     failed = False
     with tempfile.TemporaryDirectory() as folder:

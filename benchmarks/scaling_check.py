@@ -19,8 +19,9 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.launch import torchrun
+from benchmarks.launch import check_files, torchrun
 from benchmarks.report import table
+from utils.errors import run_cli
 from utils.files import ROOT
 
 PLAIN = dict.fromkeys(
@@ -110,7 +111,7 @@ def validate(args: argparse.Namespace) -> None:
     close_distributed(world)
 
 
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpus", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--data", default="bccd.yaml")
@@ -132,10 +133,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def main() -> None:
-    args = parse()
+def main(argv: Sequence[str]) -> None:
+    args = parse(argv)
     if args.weights:
         return validate(args)
+    check_files([args.cfg], args.data)
     from utils.config import Hyp
     from utils.files import dump_yaml
 
@@ -148,8 +150,8 @@ def main() -> None:
         print(compare(curves), flush=True)
         most = args.gpus[-1]
         best = project / str(most) / "weights" / "best.pt"
-        torchrun(most, ["-m", "benchmarks.scaling_check", *sys.argv[1:], "--weights", str(best)])
+        torchrun(most, ["-m", "benchmarks.scaling_check", *argv, "--weights", str(best)])
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_cli(main))

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.scaling import main, overlap, parse, rows, spans, total, union
+from benchmarks import scaling, scaling_check
+from benchmarks.scaling import overlap, parse, rows, spans, total, union
 from benchmarks.scaling_estimate import Assumptions, Model, estimate, reduce_ms
 from utils.errors import run_cli
 from utils.files import ROOT
@@ -93,11 +94,12 @@ def test_the_benchmark_and_the_check_run(tmp_path: Path, tiny: Path) -> None:
     assert "| train/box_loss | 0 |" in text and "Sharded validation: the same" in text
 
 
+@pytest.mark.parametrize("main", [scaling.main, scaling_check.main])
 @pytest.mark.parametrize(
     ("flags", "message"),
     [(["--cfg", "yolov5q"], "no such model YAML"), (["--data", "nope.yaml"], "--data nope.yaml: no such file")],
 )
-def test_files_that_are_not_there_are_one_line(flags: list[str], message: str, capsys) -> None:
+def test_files_that_are_not_there_are_one_line(flags: list[str], message: str, main, capsys) -> None:
     assert run_cli(main, ["--gpus", "1", "--device", "cpu", *flags]) == 2
     out, error = capsys.readouterr()
     assert not out and message in error and error.count("\n") == 1

@@ -55,9 +55,11 @@ def test_steps_are_upstreams(name: str, steps: int, rtol: float, sum_rtol: float
             "ema_bn9_var": averaged["model.9.cv2.bn.running_var"],
         }
         sums = {key: value.double().sum().item() for key, value in found.items()}
-        # the mean of the first norm sums values of both signs: what cancels leaves float32's rounding, which differs
-        # from one processor to the next (2.7e-6 on a Xeon)
-        assert sums == pytest.approx({key: expected[key] for key in sums}, rel=sum_rtol, abs=1e-5)
+        # the means of the first norm are of both signs: what cancels in their sum leaves float32's rounding, which
+        # differs from one processor to the next (2.7e-6 on a Xeon)
+        mean = sums.pop("bn0_mean")
+        assert mean == pytest.approx(expected["bn0_mean"], rel=sum_rtol, abs=5e-6)
+        assert sums == pytest.approx({key: expected[key] for key in sums}, rel=sum_rtol, abs=1e-6)
 
 
 @pytest.mark.parametrize("fused", [True, None])

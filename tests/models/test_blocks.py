@@ -35,7 +35,8 @@ def test_block_equals_reference(name: str) -> None:
         output = block(2 * image(case["input"], "modin") - 1)
     # Saturated attention amplifies rounding: the stored values are themselves 3e-3 from float64, on maps of 300, and
     # another processor rounds otherwise.
-    rtol, atol = (1e-4, 1e-3) if name in ("C3TR", "TransformerBlock") else (1e-7, 1e-4)
+    rtol = 1e-4 if name in ("C3TR", "TransformerBlock") else 1e-7
+    atol = 5e-4 if name == "TransformerBlock" else 1e-4
     np.testing.assert_allclose(output.numpy(), stored("modules.npz")[name], rtol=rtol, atol=atol)
 
 

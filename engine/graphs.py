@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from utils.console import LOGGER
+from utils.cuda_recording import recording
 from utils.loss import LossParts
 
 MOST_GRAPHS = 24
@@ -101,11 +102,7 @@ class StepGraphs:
         images, targets = images.clone(), targets.clone()
         graph = torch.cuda.CUDAGraph()
         try:
-            # thread_local: the loader's pinning thread goes on making calls that a recording would not allow itself
-            with (
-                _no_collection(),
-                torch.cuda.graph(graph, self._pool.id, self._stream, capture_error_mode="thread_local"),
-            ):
+            with _no_collection(), recording(graph, self._pool.id, self._stream):
                 parts = _detached(self._step(images, targets))
         except torch.OutOfMemoryError:
             raise

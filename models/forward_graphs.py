@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from utils.console import LOGGER
+from utils.cuda_recording import recording
 
 RECORD_AT = 3
 """The first pass of a shape also compiles and loads its kernels; the second tells that it is no single one."""
@@ -83,8 +84,7 @@ class CudaRecorder:
             if self._pool is None:
                 self._pool = torch.cuda.graph_pool_handle()
             held, graph = images.clone(), torch.cuda.CUDAGraph()
-            # thread_local: a loader's pinning thread goes on making calls that a recording would not allow itself
-            with torch.cuda.graph(graph, self._pool, capture_error_mode="thread_local"):
+            with recording(graph, self._pool):
                 output = model(held)
 
         def replay(images: Tensor) -> Any:

@@ -40,6 +40,14 @@ VARIANTS: dict[str, Variant] = {
     "down-7": Variant("downsampling layer 7", ("7",)),
     "down-1-3-5": Variant("the article's places, with BatchNorm and SiLU", ("1", "3", "5")),
     "c3-4-6-8": Variant("3x3 of the bottlenecks of layers 4, 6 and 8", ("c3:4", *LAST_TWO)),
+    "c3-8-groups": Variant("c3-8, 4 offset groups", ("c3:8",), {"offset_groups": 4}),
+    "c3-third-groups": Variant("c3-third, 4 offset groups", ("c3:6/3", "c3:8/3"), {"offset_groups": 4}),
+    "c3-third-groups-fast": Variant(
+        "c3-third-groups, offsets learn at the full rate",
+        ("c3:6/3", "c3:8/3"),
+        {"offset_groups": 4},
+        flags=("--dcn-offset-lr", "1"),
+    ),
     "c3-head": Variant("3x3 of the bottlenecks before Detect", ("c3:17", "c3:20", "c3:23")),
 }
 """In order of interest: what time does not suffice for is left out from the end."""

@@ -124,7 +124,8 @@ def test_a_model_that_cannot_be_recorded_goes_on(caplog: pytest.LogCaptureFixtur
         losses, _, graphs = train_a_little("yolov5n-dcn.yaml", "on", steps=5)
     assert graphs == 0 and len(losses) == 15
     assert sum("cannot be recorded" in record.message for record in caplog.records) == 1
-    assert torch.ones(2, device="cuda").sum().item() == 2
+    assert torch.rand(8, device="cuda").unique().numel() > 1
+    gc.collect()  # the learner and its pool
 
 
 @pytest.mark.gpu

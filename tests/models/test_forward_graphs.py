@@ -148,4 +148,4 @@ def test_a_layer_that_waits_for_the_device() -> None:
     graphs, images = ForwardGraphs(Waits()), torch.ones(1, 3, 8, 8, device="cuda")
     for _ in range(RECORD_AT + 2):
         assert torch.equal(graphs(images), images)
-    assert not graphs._enabled and torch.ones(2, device="cuda").sum().item() == 2
+    assert not graphs._enabled and torch.rand(8, device="cuda").unique().numel() > 1

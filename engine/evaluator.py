@@ -180,11 +180,12 @@ def _results(batch: Batch, detections: Sequence[Tensor], single_cls: bool) -> li
     for index, labels in enumerate(_labels_in_pixels(batch.targets.cpu(), batch.images.shape)):
         letterbox = batch.letterboxes[index]
         way_back = ((height, width), letterbox.original, letterbox.ratio[1], letterbox.pad)
-        rows = detections[index].clone()
+        rows, labels = detections[index].numpy().copy(), labels.numpy()
         rows[:, :4] = scale_to_original(rows[:, :4], *way_back)
-        labels = torch.cat((labels[:, :1], scale_to_original(cxcywh_to_xyxy(labels[:, 1:]), *way_back)), 1)
+        labels[:, 1:] = scale_to_original(cxcywh_to_xyxy(labels[:, 1:]), *way_back)
         if single_cls:
             rows[:, 5], labels[:, 0] = 0, 0
+        rows, labels = torch.from_numpy(rows), torch.from_numpy(labels)
         results.append(ImageResult(batch.paths[index], tuple(letterbox.original), rows, labels))
     return results
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 
 from utils.boxes import box_iou
 
@@ -24,13 +23,11 @@ class ConfusionMatrix:
         Two habits of upstream are kept, so that matrices compare: an image without labels adds nothing, and
         detections without a partner count as false alarms only where the image has at least one matched pair.
         """
-        detections = torch.as_tensor(detections, dtype=torch.float32)
-        labels = torch.as_tensor(labels, dtype=torch.float32)
+        detections, labels = np.asarray(detections, np.float32), np.asarray(labels, np.float32)
         if len(labels) == 0:
             return
         detections = detections[detections[:, 4] > self.conf]
-        true = labels[:, 0].long().numpy()
-        predicted = detections[:, 5].long().numpy()
+        true, predicted = labels[:, 0].astype(np.int64), detections[:, 5].astype(np.int64)
         label_of, detection_of = self._pairs(detections, labels)
 
         np.add.at(self.matrix, (predicted[detection_of], true[label_of]), 1)
@@ -40,12 +37,14 @@ class ConfusionMatrix:
             invented = np.delete(predicted, detection_of)
             np.add.at(self.matrix, (invented, np.full_like(invented, self.nc)), 1)
 
-    def _pairs(self, detections: torch.Tensor, labels: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    def _pairs(self, detections: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Label and detection indices of the pairs: each detection with its best label, then each label with the best
         of those."""
         if len(detections) == 0:
             return np.zeros(0, int), np.zeros(0, int)
-        best_iou, label = (x.numpy() for x in box_iou(detections[:, :4], labels[:, 1:5]).max(1))
+        iou = box_iou(detections[:, :4], labels[:, 1:5])
+        label = iou.argmax(1)
+        best_iou = iou[np.arange(len(iou)), label]
         able = np.flatnonzero(best_iou > self.iou)
         able = able[np.argsort(-best_iou[able], kind="stable")]
         matched, first = np.unique(label[able], return_index=True)

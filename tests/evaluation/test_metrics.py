@@ -5,8 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from tests.evaluation import bccd
+from utils.boxes import box_iou, scale_to_original
 from utils.confusion import ConfusionMatrix
 from utils.metrics import (
     TABLE_HEADER,
@@ -50,6 +52,23 @@ def test_average_precision_and_smoothing_examples():
     )
     case = CASES["smooth_example"]
     np.testing.assert_allclose(smooth(np.array(case["y"], float), case["f"]), case["out"], atol=1e-9)
+
+
+@pytest.mark.parametrize(("n", "m"), [(270, 13), (1, 1), (0, 5), (4, 0)])
+def test_boxes_as_arrays_and_as_tensors_agree_to_the_last_bit(n, m):
+    """Also those without an area, and those that lie outside the image they are brought back to."""
+    random = np.random.default_rng(n)
+    a, b = (600 * random.random((count, 4), np.float32) for count in (n, m))
+    a[: n // 2, 2:] += a[: n // 2, :2]
+    b[:, 2:] = b[:, :2] + 50
+    b[:1] = a[:1] if m and n else b[:1]
+    as_arrays, as_tensors = box_iou(a, b), box_iou(torch.from_numpy(a), torch.from_numpy(b))
+    assert as_arrays.dtype == np.float32
+    np.testing.assert_array_equal(as_arrays, as_tensors.numpy())
+    place = ((512, 672), (480, 640), 1.05, (3.5, 4))
+    back = scale_to_original(a, *place)
+    np.testing.assert_array_equal(back, scale_to_original(torch.from_numpy(a), *place).numpy())
+    assert back.dtype == np.float32 and (n == 0 or back.max() <= 640)
 
 
 def test_matching_equals_reference():

@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(_SeededFixtures())
     torch.set_num_threads(1)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # and the programs that tests start: `make test` is two processes
     _signals_of_a_terminal()
@@ -70,8 +71,22 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
     return report
 
 
+class _SeededFixtures:
+    """Fixtures that many tests share are made from a seed too, whatever test comes first. A plugin: pytest does not ask
+    a conftest.py about fixtures of the whole session."""
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_fixture_setup(self, fixturedef: pytest.FixtureDef) -> None:
+        if fixturedef.scope != "function":
+            _seed()
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
+    _seed()
+
+
+def _seed() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)

@@ -1,6 +1,6 @@
 """The article's program: weights as text to a TensorRT engine, layer by layer, and the engine on a folder of pictures.
 
-    python -m deploy.tensorrt -s model.wts model.engine s_dcn             # n s m l x, also with 6, _dcn, _dcn4 behind
+    python -m deploy.tensorrt -s model.wts model.engine s_dcn             # n s m l x, with 6, _dcn, _dcn4, _dcn_best
     python -m deploy.tensorrt -s model.wts model.engine c_dcn 0.33 0.5    # depth and width of your own
     python -m deploy.tensorrt -s model.wts model.engine                   # a .wts of gen_wts.py says what it is
     python -m deploy.tensorrt -s model.wts model.onnx s_dcn               # the same network, to run anywhere

@@ -1,4 +1,4 @@
-"""Words for a network's size: n s m l x, also with 6, _dcn or _dcn4 behind; c with depth and width of your own."""
+"""Words for a network's size: n s m l x, with 6, _dcn, _dcn4 or _dcn_best behind; c with your own depth and width."""
 
 from __future__ import annotations
 
@@ -8,18 +8,27 @@ from typing import Any
 import torch
 
 from models.loading import described_by
-from models.parser import parse_model
 from models.spec import read_spec
+from models.yolo import DetectionModel
 from utils.checkpoint import Checkpoint
 from utils.errors import CheckpointError, ConfigError, did_you_mean
 
 LETTERS = {"n": 16, "s": 32, "m": 48, "l": 64, "x": 80}
 """And the channels of their first layer."""
-FORMS = {"": "yolov5{}.yaml", "6": "hub/yolov5{}6.yaml", "_dcn": "yolov5{}-dcn.yaml", "_dcn4": "yolov5{}-dcn4.yaml"}
+FORMS = {
+    "": "yolov5{}.yaml",
+    "6": "hub/yolov5{}6.yaml",
+    "_dcn": "yolov5{}-dcn.yaml",
+    "_dcn4": "yolov5{}-dcn4.yaml",
+    "_dcn_best": "yolov5{}-dcn-best.yaml",
+}
 """By what stands behind the letter."""
 SIZES = {letter + form: name.format(letter) for form, name in FORMS.items() for letter in LETTERS}
 OWN = {f"c{form}": name.format("l") for form, name in FORMS.items()}
-USAGE = "expected one of n s m l x, also with 6, _dcn or _dcn4 behind, or c DEPTH WIDTH, also c6, c_dcn and c_dcn4"
+USAGE = (
+    "expected one of n s m l x, also with 6, _dcn, _dcn4 or _dcn_best behind, or c DEPTH WIDTH, also c6, c_dcn, "
+    "c_dcn4 and c_dcn_best"
+)
 
 
 def layers_of(words: Sequence[str]) -> str | dict[str, Any] | None:
@@ -73,10 +82,10 @@ def misfits(checkpoint: Checkpoint, layers: str | dict[str, Any]) -> list[str]:
     """What of the checkpoint is not as in a network of these layers and the checkpoint's number of classes."""
     described = described_by(layers, checkpoint)
     with torch.device("meta"):
-        modules, _ = parse_model(read_spec(described.meta["yaml"]))
-    wanted = {f"model.{name}": value.numel() for name, value in modules.state_dict().items()}
+        model = DetectionModel(described.meta["yaml"])
+    wanted = {name: value.numel() for name, value in model.state_dict().items()}
     held = {name: value.numel() for name, value in checkpoint.model.items()}
-    beside = {f"model.{len(modules) - 1}.{name}" for name in ("anchor_grid", "strides")}
+    beside = {f"model.{len(model.model) - 1}.{name}" for name in ("anchor_grid", "strides")}
     lacking = [f"{name} is not in it" for name in wanted if name not in held]
     other = [
         f"{name} has {held[name]:,} values, not {count:,}"

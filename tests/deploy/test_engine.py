@@ -205,7 +205,7 @@ def test_missing_tensors_are_named(plain: Path, tmp_path: Path, capfd: pytest.Ca
 
 
 def test_all_sizes_have_layers() -> None:
-    assert {"n", "x", "s6", "x_dcn", "m_dcn4"} < set(SIZES) and len(SIZES) == 20
+    assert {"n", "x", "s6", "x_dcn", "m_dcn4", "m_dcn_best"} < set(SIZES) and len(SIZES) == 25
     for word in ("x_dcn", "n6", "l_dcn4"):
         assert isinstance(layers_of([word]), str)
         DetectionModel(layers_of(["c" + word[1:], "0.1", "0.1"]))

@@ -73,7 +73,7 @@ def check(expected: Tensor, found: Tensor, pixels: float = 2e-3, score: float = 
     assert float(apart[..., :4].max()) < pixels and float(apart[..., 4:].max()) < score
 
 
-WORDS = [["n"], ["s_dcn"], ["n_dcn4"], ["n6"], ["c_dcn", "0.5", "0.3"]]
+WORDS = [["n"], ["s_dcn"], ["n_dcn4"], ["n_dcn_best"], ["n6"], ["c_dcn", "0.5", "0.3"]]
 
 
 @pytest.mark.parametrize("words", WORDS, ids=" ".join)

@@ -176,6 +176,8 @@ def test_dcn_yamls_are_the_plain_ones_with_dcn_rows() -> None:
                 assert deformed["backbone"][row][2] == "DCN"
                 deformed["backbone"][row][2] = "Conv"
             assert deformed == dict(plain)
+        best = dict(load_yaml(ROOT / f"models/yolov5{size}-dcn-best.yaml"))
+        assert best.pop("dcn") == ["7"] and best == dict(plain)
 
 
 def test_hub_anchor_sets_have_growing_levels() -> None:

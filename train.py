@@ -141,7 +141,7 @@ def _add_schedule_flags(group: argparse._ArgumentGroup) -> None:
         type=float,
         default=10.0,
         metavar="NORM",
-        help="largest gradient norm; 0 does not clip (default: 10)",
+        help="largest gradient norm, of DCN offset branches and of the rest apart; 0 does not clip (default: 10)",
     )
     group.add_argument("--noautoanchor", action="store_true", help="keep the model's anchors even when they fit badly")
 

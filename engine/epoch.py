@@ -22,7 +22,7 @@ from utils.device import memory_gb, to_network_input
 from utils.dist import World, gather
 from utils.ema import ModelEMA
 from utils.loss import DetectionLoss, LossParts
-from utils.optim import step_if_finite
+from utils.optim import clip_gradients, step_if_finite
 from utils.schedule import Schedule
 from utils.shared_gradients import SharedGradients
 
@@ -91,7 +91,7 @@ class Learner:
         if self.shared is not None:
             self.shared.average()
         self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad or math.inf)
+        norm = clip_gradients(self.optimizer, self.clip_grad)
         step_if_finite(self.optimizer, self.scaler, norm)
         self.clear_gradients()
         if self.ema is not None and self.world.main:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -118,6 +119,20 @@ def start_momentum_at_zero(optimizer: torch.optim.SGD) -> torch.optim.SGD:
 
     handle = optimizer.register_step_pre_hook(fill)
     return optimizer
+
+
+def clip_gradients(optimizer: torch.optim.Optimizer, most: float) -> torch.Tensor:
+    """Scale gradients down to a norm of ``most`` (0: leave them), those of DCN offset branches and those of all else
+    each on their own. Returns the norm of them all before, a scalar on their device.
+
+    At size x the offset branches have most of the norm, and clipped together with them a network hardly learns in its
+    first hundreds of steps (docs/dcn-collapse.md).
+    """
+    branches, rest = [], []
+    for group in optimizer.param_groups:
+        (branches if group.get("role", "").startswith("dcn") else rest).extend(group["params"])
+    norms = [nn.utils.clip_grad_norm_(parameters, most or math.inf) for parameters in (rest, branches) if parameters]
+    return torch.linalg.vector_norm(torch.stack(norms)) if len(norms) > 1 else norms[0]
 
 
 def step_if_finite(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, norm: torch.Tensor) -> None:

@@ -50,14 +50,15 @@ BASES = {
     "plain": (Arm(layers=""), "no DCN; the control"),
     "article": (Arm(), "the article's layer at 1, 3, 5, 7, trained as everything else"),
     "default": (
-        Arm(conversions="amp", amp="auto", clip=10.0, offset_lr=0.1, offset_bias_warms=False),
+        Arm(conversions="amp", amp="auto", clip=10.0, clip_offsets=10.0, offset_lr=0.1, offset_bias_warms=False),
         "yolov5*-dcn4.yaml as train.py trains it without flags",
     ),
 }
 
 CHANGES = {
     "clip": (dict(clip=10.0), "gradients clipped by their total norm at 10"),
-    "no-clip": (dict(clip=0.0), "gradients not clipped"),
+    "no-clip": (dict(clip=0.0, clip_offsets=0.0), "gradients not clipped"),
+    "clip-together": (dict(clip=10.0, clip_offsets=0.0), "offset branches clipped with the rest"),
     "clip-apart": (dict(clip=10.0, clip_offsets=10.0), "offset branches clipped at 10, the rest at 10"),
     "norm": (dict(norm=True), "BatchNorm and SiLU after each DCN"),
     "converted": (dict(norm=True, doubled=True), "as --dcn makes it: norm, activation, start weights doubled"),
@@ -94,7 +95,8 @@ CORE = (
 REST = (
     "article+clip-apart", "article+bound", "article+offset-lr-0.01", "article+symmetric", "article+decay-x10",
     "article+mask-open", "article+bn-eps", "article+no-warmup", "article+long-warmup", "article+coordinates",
-    "default+converted+six", "default+converted+all3x3", "article+torchvision", "article+fp32",
+    "default+converted+six", "default+converted+all3x3", "default+clip-together+converted", "article+torchvision",
+    "article+fp32",
 )  # fmt: skip
 """The other theories, and more layers by the default recipe."""
 GROUPS = {"core": CORE, "rest": REST, "all": CORE + REST}

@@ -9,7 +9,14 @@ import torch
 from torch import nn
 
 from utils.errors import CheckpointError, ConfigError
-from utils.optim import build_optimizer, describe, parameter_roles, restore_optimizer, start_momentum_at_zero
+from utils.optim import (
+    build_optimizer,
+    clip_gradients,
+    describe,
+    parameter_roles,
+    restore_optimizer,
+    start_momentum_at_zero,
+)
 
 
 class Deformable(nn.Module):
@@ -159,3 +166,32 @@ def test_a_skipped_first_step_leaves_no_garbage_in_the_momentum() -> None:
     finally:
         torch.use_deterministic_algorithms(False)
     assert torch.equal(*seen)
+
+
+@pytest.mark.parametrize("most", [10.0, 0.0])
+def test_offset_branches_are_clipped_apart(most: float) -> None:
+    """Their thousandfold norm leaves the gradients of the rest as they are."""
+    model = with_dcn()
+    optimizer = build_optimizer(model, "SGD", 0.01, 0.9, 5e-4)
+    for name, parameter in model.named_parameters():
+        parameter.grad = torch.full_like(parameter, 1000.0 if "conv_offset_mask" in name else 0.01)
+    before = {name: p.grad.clone() for name, p in model.named_parameters()}
+    branches = torch.cat([g.flatten() for name, g in before.items() if "conv_offset_mask" in name]).norm()
+    everything = torch.cat([g.flatten() for g in before.values()]).norm()
+    assert clip_gradients(optimizer, most).item() == pytest.approx(everything.item(), rel=1e-6)
+    for name, parameter in model.named_parameters():
+        factor = most / branches if most and "conv_offset_mask" in name else 1.0
+        torch.testing.assert_close(parameter.grad, before[name] * factor)
+
+
+def test_without_offset_branches_all_are_clipped_together() -> None:
+    model = plain()
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter) * 50
+    other = deepcopy(model)
+    for parameter, copy in zip(model.parameters(), other.parameters()):
+        copy.grad = parameter.grad.clone()
+    norm = clip_gradients(build_optimizer(model, "SGD", 0.01, 0.9, 5e-4), 10.0)
+    torch.testing.assert_close(norm, nn.utils.clip_grad_norm_(other.parameters(), 10.0))
+    for parameter, copy in zip(model.parameters(), other.parameters()):
+        torch.testing.assert_close(parameter.grad, copy.grad)

@@ -101,6 +101,8 @@ def _train(
     train_set, val_set = build_datasets(cfg, hyp, data, frame, world)
     frame = within_data(frame, len(train_set), world)
     loader, val_loader = build_loaders(cfg, train_set, val_set, frame, world, device)
+    if not (cfg.resume or cfg.image_weights):  # which begin elsewhere in the data
+        loader.begin()  # beside what follows: torch's optimizers import its compiler, which takes seconds
     if not (cfg.noautoanchor or cfg.resume):
         if world.main:
             fit_anchors(model, train_set, hyp, frame, cfg)

@@ -222,14 +222,23 @@ class DetectionLoader(DataLoader):
         self.batch_sampler.endless = self.batch_sampler.endless and weights is None
         self._stream_epoch = -1
 
+    def begin(self) -> None:
+        """Have processes that live on begin with the epoch set, beside what is done before its iteration."""
+        if self.batch_sampler.endless and self._stream_epoch != self.batch_sampler.epoch:
+            self._open_stream()
+            self._stream_epoch = self.batch_sampler.epoch
+
+    def _open_stream(self) -> None:
+        with interrupts_deferred():  # Ctrl-C while processes start would be lost in them
+            self._stream = super().__iter__()
+
     def __iter__(self) -> Iterator[Batch]:
         return self._clear_errors(self._epoch())
 
     def _epoch(self) -> Iterator[Batch]:
         epoch = self.batch_sampler.epoch
         if not self.batch_sampler.endless or self._stream_epoch != epoch:
-            with interrupts_deferred():  # Ctrl-C while processes start would be lost in them
-                self._stream = super().__iter__()
+            self._open_stream()
         self._stream_epoch = -1  # an iteration that is left before its end leaves the stream in mid-epoch
         for batch in islice(self._stream, len(self) - self.batch_sampler.start):
             self._warn(batch.skipped)

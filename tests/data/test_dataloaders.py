@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 from collections.abc import Callable
 
@@ -110,6 +111,27 @@ def test_epochs_come_out_of_one_stream(data: DetectionDataset) -> None:
     loader.set_weights(np.eye(len(data))[0])
     loader.set_epoch(2)
     assert {path for batch in loader for path in batch.paths} == {data.path(0)}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_is_begun_beforehand_is_the_epoch_asked_for(data: DetectionDataset, workers: int) -> None:
+    """Its processes load before anybody iterates; another epoch than the one begun with begins anew."""
+
+    def paths(loader, number: int) -> list[list[str]]:
+        loader.set_epoch(number)
+        return [list(batch.paths) for batch in loader]
+
+    plain = create_dataloader(data, 2, shuffle=True, workers=0)
+    expected = [paths(plain, number) for number in range(3)]
+    loader = create_dataloader(data, 2, shuffle=True, workers=workers)
+    loader.begin()
+    assert len(multiprocessing.active_children()) >= workers
+    loader.begin()
+    assert [paths(loader, number) for number in (0, 1)] == expected[:2]
+    other = create_dataloader(data, 2, shuffle=True, workers=workers)
+    other.begin()
+    assert paths(other, 2) == expected[2]
+    create_dataloader(data, 2, workers=workers).begin()  # never iterated: ends with the loader
 
 
 def test_image_weights_draw_the_wanted_images() -> None:

@@ -30,8 +30,8 @@ def suppress(boxes: Tensor, images: Tensor, count: int, iou_thres: float, most: 
     starts = torch.searchsorted(images, torch.arange(count + 1, device=images.device))
     ends = torch.minimum(starts[1:], starts[:-1] + most)
     longest = int((ends - starts[:-1]).max()) if count else 0
-    side = min(longest, BLOCK) + min(longest, max_det)
-    portion = max(1, MOST_PAIRS // max(side * side, 1))
+    side = min(longest, BLOCK)
+    portion = max(1, MOST_PAIRS // max(side * max(side, min(longest, max_det)), 1))
     kept: list[Tensor] = []
     for first in range(0, count, portion):
         part = slice(first, first + portion)
@@ -42,13 +42,17 @@ def suppress(boxes: Tensor, images: Tensor, count: int, iou_thres: float, most: 
 def _suppress_portion(
     boxes: Tensor, starts: Tensor, ends: Tensor, longest: int, iou_thres: float, max_det: int
 ) -> list[Tensor]:
-    """Some images, block by block: what stays so far meets the next block."""
+    """Some images, block by block: what stays so far meets the next block, whose boxes then meet each other."""
     kept = starts.new_zeros(len(starts), 0)
     staying = torch.zeros_like(kept, dtype=torch.bool)
     for begin in range(0, longest, BLOCK):
         block = starts[:, None] + torch.arange(begin, min(begin + BLOCK, longest), device=boxes.device)
-        pool = torch.cat((kept, block.clamp(max=max(len(boxes) - 1, 0))), 1)
-        stays = greedy(boxes[pool], torch.cat((staying, block < ends[:, None]), 1), iou_thres)
+        valid, block = block < ends[:, None], block.clamp(max=max(len(boxes) - 1, 0))
+        its_boxes = boxes[block]
+        if begin:
+            valid &= ~(_overlaps(boxes[kept], its_boxes, iou_thres) & staying[:, :, None]).any(1)
+        pool = torch.cat((kept, block), 1)
+        stays = torch.cat((staying, greedy(its_boxes, valid, iou_thres)), 1)
         order = (~stays).to(torch.uint8).argsort(dim=1, stable=True)[:, :max_det]  # those that stay move to the front
         kept, staying = pool.gather(1, order), stays.gather(1, order)
         if begin + BLOCK < longest and kept.shape[1] == max_det and bool(staying.all()):
@@ -60,7 +64,7 @@ def greedy(boxes: Tensor, valid: Tensor, iou_thres: float) -> Tensor:
     """(B, K) bool: which of the corner boxes (B, K, 4), best first, stay; those not ``valid`` (B, K) neither stay nor
     suppress."""
     number = torch.arange(boxes.shape[1], device=boxes.device)
-    hides = (_overlaps(boxes, iou_thres) & (number[:, None] < number)).to(
+    hides = (_overlaps(boxes, boxes, iou_thres) & (number[:, None] < number)).to(
         torch.float16 if boxes.is_cuda else torch.float32
     )  # [i, j]: i is better and overlaps j. As numbers, because a product of matrices counts fastest
     stays = valid
@@ -73,11 +77,13 @@ def greedy(boxes: Tensor, valid: Tensor, iou_thres: float) -> Tensor:
             return stays
 
 
-def _overlaps(boxes: Tensor, iou_thres: float) -> Tensor:
-    """(B, K, K) bool, by torchvision's formula: no epsilon, so that boxes without an area overlap nothing."""
-    left, top, right, bottom = boxes.unbind(2)
-    width = torch.minimum(right[:, :, None], right[:, None]) - torch.maximum(left[:, :, None], left[:, None])
-    height = torch.minimum(bottom[:, :, None], bottom[:, None]) - torch.maximum(top[:, :, None], top[:, None])
+def _overlaps(a: Tensor, b: Tensor, iou_thres: float) -> Tensor:
+    """Corner boxes (B, K, 4) and (B, L, 4) -> (B, K, L) bool, by torchvision's formula: no epsilon, so that boxes
+    without an area overlap nothing."""
+    (left, top, right, bottom), (left_b, top_b, right_b, bottom_b) = a.unbind(2), b.unbind(2)
+    area, area_b = (right - left) * (bottom - top), (right_b - left_b) * (bottom_b - top_b)
+    width = torch.minimum(right[:, :, None], right_b[:, None]).sub_(torch.maximum(left[:, :, None], left_b[:, None]))
+    height = torch.minimum(bottom[:, :, None], bottom_b[:, None]).sub_(torch.maximum(top[:, :, None], top_b[:, None]))
     inter = width.clamp_(min=0).mul_(height.clamp_(min=0))
-    area = (right - left) * (bottom - top)
-    return inter / (area[:, :, None] + area[:, None] - inter) > iou_thres
+    union = (area[:, :, None] + area_b[:, None]).sub_(inter)
+    return inter.div_(union) > iou_thres

@@ -103,6 +103,7 @@ def measure(case: str, args: argparse.Namespace, device: torch.device) -> list[o
         dcn_backend=args.dcn_backend,
         cuda_graphs=args.cuda_graphs,
         compile=args.compile,
+        augment_device=args.augment_device,
     )
     data, hyp, world = DataConfig.load(args.data), Hyp(), World()
     model, frame = model_and_frame(cfg, data, hyp, world, device)
@@ -147,6 +148,7 @@ def main() -> None:
     parser.add_argument("--amp", default="auto")
     parser.add_argument("--cuda-graphs", choices=["auto", "off"], default="auto")
     parser.add_argument("--compile", action="store_true", help="torch.compile the step; says how long that took")
+    parser.add_argument("--augment-device", choices=["cpu", "gpu"], default="cpu", help="who recolours and mirrors")
     add_dcn_backend_flag(parser)
     parser.add_argument("--repeat", type=int, default=8)
     parser.add_argument("--warmup", type=int, default=20)

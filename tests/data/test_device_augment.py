@@ -27,7 +27,8 @@ def batch_of(images: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(images).permute(0, 3, 1, 2)
 
 
-def test_equal_to_the_loader_but_for_roundings() -> None:
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_equal_to_the_loader_but_for_roundings(device: str) -> None:
     rng = np.random.default_rng(0)
     count = 2 * AT_ONCE + 3
     images = rng.integers(0, 256, (count, 60, 96, 3), np.uint8)
@@ -36,7 +37,7 @@ def test_equal_to_the_loader_but_for_roundings() -> None:
     draws = [draw_hsv(rng, (0.1, 0.7, 0.4)) for _ in range(count)]
     finishes = [Finish(tuple(d), bool(i % 2), bool(i % 3)) for i, d in enumerate(draws)]
     before = images.copy()
-    out = finish_batch(batch_of(images), pack(finishes))
+    out = finish_batch(batch_of(images).to(device), pack(finishes).to(device)).cpu()
     assert out.dtype == torch.uint8 and out.is_contiguous(memory_format=torch.channels_last)
     np.testing.assert_array_equal(images, before)
     for image, done, made in zip(images, finishes, out.permute(0, 2, 3, 1).numpy()):

@@ -17,6 +17,7 @@ from utils import coco, curves
 from utils.background import Background
 from utils.console import LOGGER
 from utils.files import atomic_write
+from utils.gc_pause import collection_paused
 from utils.labels import format_detections
 from utils.metrics import Metrics
 from utils.plots import batch_tiles, plot_batch
@@ -68,7 +69,8 @@ class CocoCollector:
         if self._entries is None:
             ids = coco.image_ids([r.path for r in self._results])
             rows = (coco.detections_to_coco(i, r.detections, self.categories) for i, r in zip(ids, self._results))
-            self._entries = [entry for image in rows for entry in image]
+            with collection_paused():  # none of a million entries is garbage
+                self._entries = [entry for image in rows for entry in image]
         return self._entries
 
     def save(self, file: Path) -> None:

@@ -8,10 +8,8 @@ differs from batch to batch, is rounded up with rows that match nothing (:func:`
 
 from __future__ import annotations
 
-import gc
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,6 +18,7 @@ from torch import Tensor
 
 from utils.console import LOGGER
 from utils.cuda_recording import recording
+from utils.gc_pause import collection_paused
 from utils.loss import LossParts
 
 MOST_GRAPHS = 24
@@ -55,6 +54,9 @@ class StepGraphs:
     different shapes, of which only one runs at a time, share what their activations need, with each other and with the
     usual steps. What a step or a hook in it keeps for longer must have been allocated before it: a replay writes over
     whatever else lies in the pool.
+
+    Nothing is garbage-collected inside a step: the pool of an earlier learner that goes while another pool is in use
+    ends the process (an assertion of torch 2.11's allocator).
     """
 
     def __init__(self, step: Callable[[Tensor, Tensor], LossParts]) -> None:
@@ -90,7 +92,7 @@ class StepGraphs:
         self._stream.wait_stream(torch.cuda.current_stream())
         # one thread: the pool is the current thread's, and autograd's own would take memory from elsewhere
         one_thread = torch.autograd.set_multithreading_enabled(False)
-        with _no_collection(), torch.cuda.stream(self._stream), torch.cuda.use_mem_pool(self._pool), one_thread:
+        with collection_paused(), torch.cuda.stream(self._stream), torch.cuda.use_mem_pool(self._pool), one_thread:
             parts = _detached(self._step(images, targets))
         torch.cuda.current_stream().wait_stream(self._stream)
         return parts
@@ -102,7 +104,7 @@ class StepGraphs:
         images, targets = images.clone(), targets.clone()
         graph = torch.cuda.CUDAGraph()
         try:
-            with _no_collection(), recording(graph, self._pool.id, self._stream):
+            with collection_paused(), recording(graph, self._pool.id, self._stream):
                 parts = _detached(self._step(images, targets))
         except torch.OutOfMemoryError:
             raise
@@ -115,19 +117,6 @@ class StepGraphs:
             self._enabled = False
             return None
         return _Recorded(graph, images, targets, parts)
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """No garbage collection inside: the pool of an earlier learner that goes while another pool is in use ends the
-    process (an assertion of torch 2.11's allocator)."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _let_go(recorded: dict, pools: list) -> None:

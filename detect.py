@@ -132,6 +132,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             offsets = OffsetPictures(detector, imgsz, folder) if args.show_offsets else None
             summary = predict(detector, source, writer, imgsz, window, features, offsets, args.batch_size)
         closing_lines(summary, writer, saved)
+        if offsets and not offsets.written:
+            LOGGER.warning("--show-offsets: nothing was detected, so there is no object to show offsets for")
     if window:
         window.close()
     if args.update:

@@ -32,11 +32,11 @@ MARGIN = 1.4
 
 class OffsetPictures:
     """Writes ``offsets/NAME.jpg`` for each picture and for the first frame of each video; called with a frame and its
-    detections (n, 6) in pixels of the frame."""
+    detections (n, 6) in pixels of the frame. ``written`` counts them: without a detection there is none."""
 
     def __init__(self, detector: Detector, imgsz: tuple[int, int], folder: Path) -> None:
         self._detector, self._imgsz, self._folder = detector, imgsz, folder / "offsets"
-        self._unique, self._seen = UniqueNames(), set()
+        self._unique, self._seen, self.written = UniqueNames(), set(), 0
 
     def __call__(self, frame: Frame, detections: Tensor) -> None:
         if (frame.path, frame.item) in self._seen:
@@ -49,6 +49,7 @@ class OffsetPictures:
         if picture is not None:
             self._folder.mkdir(parents=True, exist_ok=True)
             write_image(self._folder / f"{self._unique.take(Path(frame.name).stem)}.jpg", picture)
+            self.written += 1
 
 
 def offset_picture(

@@ -35,6 +35,9 @@ from utils.shared_gradients import SharedGradients
 MOST_BOXES = 200_000
 """Boxes that anchors are measured on: a recall near 0.98 is then known to 0.0003."""
 
+LAST_OF_OFFSETS = ("conv_offset_mask.weight", "conv_offset_mask.pointwise.weight")
+"""Weights that are zero where a DCN has not learned to sample anywhere yet."""
+
 
 @dataclass(frozen=True)
 class Frame:
@@ -65,6 +68,10 @@ def build_model(cfg: TrainConfig, hyp: Hyp, data: DataConfig, device: torch.devi
         raise ConfigError(f"--freeze {cfg.freeze[0]}: freezes all {len(model.model)} layers, nothing is left to train")
     if frozen:
         LOGGER.info(f"freezing {len(frozen)} parameters of layers {', '.join(map(str, cfg.freeze_layers))}")
+        for name in frozen:
+            if name.endswith(LAST_OF_OFFSETS) and not model.get_parameter(name).any():
+                path = name.removeprefix("model.").split(".conv_offset_mask")[0]
+                LOGGER.warning(f"--freeze: the offsets of {path} are zero and stay so: a plain convolution would do")
     model = model.to(device)
     if device.type == "cuda":
         model = model.to(memory_format=torch.channels_last)  # cuDNN's fast order

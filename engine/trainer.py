@@ -279,7 +279,7 @@ def _announce(cfg: TrainConfig, hyp: Hyp, device: torch.device, notes: Sequence[
 def _check_unfinished(cfg: TrainConfig, progress: Progress) -> None:
     if progress.start_epoch >= cfg.epochs and is_finished(cfg.resume):
         raise ConfigError(
-            f"--resume {cfg.resume}: its {progress.start_epoch} epochs are finished; "
+            f"--resume {cfg.resume}: its training of {plural(progress.start_epoch, 'epoch')} is finished; "
             f"give --epochs N with more to go on, or start anew with --weights {cfg.resume}"
         )
     step = f", after {plural(progress.partial.batches, 'batch', 'batches')}" if progress.partial else ""

@@ -130,9 +130,10 @@ def clip_gradients(optimizer: torch.optim.Optimizer, most: float) -> torch.Tenso
     """
     branches, rest = [], []
     for group in optimizer.param_groups:
-        (branches if group.get("role", "").startswith("dcn") else rest).extend(group["params"])
+        here = branches if group.get("role", "").startswith("dcn") else rest
+        here += [parameter for parameter in group["params"] if parameter.grad is not None]  # others are frozen
     norms = [nn.utils.clip_grad_norm_(parameters, most or math.inf) for parameters in (rest, branches) if parameters]
-    return torch.linalg.vector_norm(torch.stack(norms)) if len(norms) > 1 else norms[0]
+    return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
 
 
 def step_if_finite(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, norm: torch.Tensor) -> None:

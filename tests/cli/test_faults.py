@@ -117,7 +117,7 @@ def test_a_run_stopped_in_its_final_validation_is_finished_by_resume(
     status, out, err = train_cli(base=["--resume", str(run)], data="")
     assert status == 0 and f"Validating {run / 'weights' / 'best.pt'}" in out and same(run, whole), err
     status, _, err = train_cli(base=["--resume", str(run)], data="")
-    assert status == 2 and "its 3 epochs are finished" in err
+    assert status == 2 and "its training of 3 epochs is finished" in err
 
 
 def test_validation_that_fails_keeps_the_training_before_it(

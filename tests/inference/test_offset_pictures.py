@@ -59,7 +59,7 @@ def test_the_letterbox_and_back() -> None:
     assert torch.allclose(to_image(to_network(places, letterbox), letterbox), places, atol=1e-4)
 
 
-def test_from_the_command_line(tmp_path: Path, checkpoint: Path) -> None:
+def test_from_the_command_line(tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture) -> None:
     model = dcn_model()
     meta = {"yaml": model.yaml, "nc": 2, "names": {0: "red", 1: "green"}}
     save_checkpoint(tmp_path / "dcn.pt", model.state_dict(), meta)
@@ -71,6 +71,8 @@ def test_from_the_command_line(tmp_path: Path, checkpoint: Path) -> None:
     folder = tmp_path / "runs" / "exp" / "offsets"
     assert [file.name for file in sorted(folder.iterdir())] == ["0.jpg", "1.jpg"]
     assert read_image(folder / "0.jpg").shape == (3 * (PANEL + TITLE), 5 * PANEL + 4 * GAP, 3)
+    assert detect.main(["--weights", str(tmp_path / "dcn.pt"), *flags, "--conf", "1", "--name", "none"]) == 0
+    assert "nothing was detected" in capsys.readouterr().out and not (tmp_path / "runs" / "none" / "offsets").exists()
     with pytest.raises(ConfigError, match="this model has no DCN layer"):
         detect.main(["--weights", str(checkpoint), *flags])
     assert not (tmp_path / "runs" / "exp2").exists()

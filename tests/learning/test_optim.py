@@ -184,6 +184,18 @@ def test_offset_branches_are_clipped_apart(most: float) -> None:
         torch.testing.assert_close(parameter.grad, before[name] * factor)
 
 
+def test_frozen_branches_take_no_part() -> None:
+    """Their norm would be a zero on the CPU, which does not go together with one on a GPU."""
+    model = with_dcn().to("meta")
+    optimizer = build_optimizer(model, "SGD", 0.01, 0.9, 5e-4)
+    for name, parameter in model.named_parameters():
+        if "conv_offset_mask" not in name:
+            parameter.grad = torch.ones_like(parameter)
+    assert clip_gradients(optimizer, 10.0).device.type == "meta"
+    optimizer.zero_grad(set_to_none=True)
+    assert clip_gradients(optimizer, 10.0) == 0
+
+
 def test_without_offset_branches_all_are_clipped_together() -> None:
     model = plain()
     for parameter in model.parameters():

@@ -10,6 +10,7 @@ import torch
 import torchvision
 from torch import nn
 
+from engine.parts import build_model
 from models.common import DCN, Conv, DCNConv, DWConv
 from models.deform import make_deformable, parse_requests
 from models.loading import build_or_load, load_model
@@ -18,6 +19,7 @@ from models.yolo import DetectionModel
 from models.yolo import main as show
 from tests.models.reference import fill, image
 from utils.checkpoint import read_checkpoint, save_checkpoint
+from utils.config import DataConfig, Hyp, TrainConfig
 from utils.errors import ConfigError
 from utils.files import ROOT
 from utils.optim import parameter_roles
@@ -207,6 +209,16 @@ def test_the_offset_branch_has_its_own_learning_rate_and_frozen_stays_frozen() -
     make_deformable(model, ["1", "3"])
     assert [len(parameter_roles(model)[f"dcn_offset_{kind}"]) for kind in ("weight", "bias")] == [2, 2]
     assert model.model[1].conv.conv_offset_mask.weight.requires_grad and not model.model[3].conv.weight.requires_grad
+
+
+def test_offsets_that_freeze_keeps_at_zero_are_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    """Where a YAML, not --dcn, made the layer deformable."""
+    data = DataConfig.load(ROOT / "data" / "bccd.yaml")
+    for frozen, told in ((8, True), (7, False)):
+        caplog.clear()
+        cfg = TrainConfig(cfg="yolov5n-dcn-best.yaml", weights="", freeze=(frozen,))
+        build_model(cfg, Hyp(), data, torch.device("cpu"))
+        assert any("--freeze: the offsets of 7.conv are zero" in line for line in caplog.messages) == told
 
 
 def test_the_table_shows_it(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

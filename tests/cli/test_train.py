@@ -94,7 +94,7 @@ def test_a_finished_run_can_be_made_longer(tmp_path: Path, train_cli) -> None:
     train_cli()
     run = tmp_path / "runs" / "exp"
     status, _, err = train_cli(base=["--resume", str(run)], data="")
-    assert status == 2 and "are finished" in err and "--epochs" in err
+    assert status == 2 and "is finished" in err and "--epochs" in err
     status, _, err = train_cli(base=["--resume", str(run), "--epochs", "2"], data="")
     assert status == 0, err
     assert [row[0] for row in rows_of(run)[1:]] == ["0", "1"]

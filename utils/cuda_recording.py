@@ -4,6 +4,8 @@ torch tidies up only after recordings that end well. After one that does not (so
 torch 2.11 goes on taking its random numbers for recorded ones, so that every further one raises "Offset increment
 outside graph capture encountered unexpectedly"; keeps the recording's stream as the current one; keeps sending
 allocations past the pool, and ends the process when the pool, which the recording still counts as its own, is freed.
+One thing stays, as nothing in Python reaches it: the allocator of pinned memory takes the recording for unfinished, so
+that its pool takes no other ("already recording to mempool_id").
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ def recording(
     """What is launched inside goes into ``graph``, memory from ``pool``, on ``stream`` or one of torch's; nothing runs.
 
     Raises RuntimeError (torch's) for what a graph cannot hold, as waiting for the device; random numbers, streams and
-    allocations are then as before, and ``pool`` may be freed.
+    allocations are then as before, and ``pool`` may be freed but not recorded into again.
     """
     try:
         # thread_local: a loader's pinning thread goes on making calls that a recording would not allow itself

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from models.ops import nvrtc
 from models.ops.geometry import Geometry
-from models.ops.layout import as_rows, channels_last, empty_map, product
+from models.ops.layout import as_rows, channels_last, empty_map, laid_out_as, product
 
 TAPS, TILE = 9, 8
 RAW_CODES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
@@ -130,7 +130,7 @@ def backward_weight(
     total = 0.0
     for pixels, columns in _columns(call):
         total = total + product(as_rows(grad)[pixels].t(), columns)
-    return total.reshape(n, TAPS, c).permute(0, 2, 1).reshape(weight.shape).to(weight.dtype)
+    return laid_out_as(weight, total.reshape(n, TAPS, c).permute(0, 2, 1).reshape(weight.shape))
 
 
 class _Call:

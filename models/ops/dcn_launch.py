@@ -12,7 +12,7 @@ from torch import Tensor
 
 from models.ops import dcn_kernels as kernels
 from models.ops.geometry import Geometry
-from models.ops.layout import channels_last, empty_map
+from models.ops.layout import channels_last, empty_map, laid_out_as
 
 SCRATCH_BYTES = 128 << 20
 """The float32 gradient of x is summed for so many images at a time that this much holds them. Measured: fewer at a time
@@ -148,7 +148,7 @@ def backward_weight(grad: Tensor, x: Tensor, raw: Tensor, weight: Tensor, geomet
         x, raw, grad, partial, patches, height, width, rows, columns,
         **constants(geometry), SPLITS=splits, PRECISION=gradient_precision(x), **tiles,
     )  # fmt: skip
-    return partial.sum(0).permute(0, 2, 3, 1).reshape(weight.shape).to(weight.dtype)
+    return laid_out_as(weight, partial.sum(0).permute(0, 2, 3, 1).reshape(weight.shape))
 
 
 def constants(geometry: Geometry) -> dict[str, int]:

@@ -104,7 +104,7 @@ def _(
     return (
         empty_map(x, x.shape) if need_x else x.new_empty(0),
         empty_map(raw, raw.shape) if need_x or need_raw else raw.new_empty(0),
-        torch.empty_like(weight, memory_format=torch.contiguous_format) if need_weight else weight.new_empty(0),
+        torch.empty_like(weight) if need_weight else weight.new_empty(0),
         grad.new_empty(weight.shape[0] if need_bias else 0, dtype=torch.float32),
     )
 

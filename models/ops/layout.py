@@ -17,6 +17,11 @@ def empty_map(like: Tensor, shape: Sequence[int]) -> Tensor:
     return torch.empty(tuple(shape), dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
 
 
+def laid_out_as(like: Tensor, values: Tensor) -> Tensor:
+    """``values`` in the dtype and memory order of ``like``, which has their shape; a copy."""
+    return torch.empty_like(like).copy_(values)
+
+
 def as_rows(maps: Tensor) -> Tensor:
     """(B * H * W, C) of a channels-last map; no copy."""
     return maps.permute(0, 2, 3, 1).reshape(-1, maps.shape[1])

@@ -19,20 +19,21 @@ def fail(pool: torch.cuda.MemPool) -> None:
 @pytest.mark.gpu
 def test_what_follows_a_failed_recording() -> None:
     """Random numbers, the current stream, graphs recorded before and after, and the pool's end."""
-    pool, before, after = torch.cuda.MemPool(), torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+    pool, other = torch.cuda.MemPool(), torch.cuda.MemPool()
+    before, after = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
     with recording(before, pool.id):
         first = torch.rand(8, device="cuda")
     fail(pool)
     assert torch.cuda.current_stream() == torch.cuda.default_stream()
     assert torch.rand(8, device="cuda").unique().numel() > 1
-    with recording(after, pool.id):
+    with recording(after, other.id):
         second = torch.rand(8, device="cuda")
     drawn = []
     for graph, values in ((before, first), (after, second), (before, first)):
         graph.replay()
         drawn.append(values.clone())
     assert len({tuple(values.tolist()) for values in drawn}) == 3
-    del graph, before, after, first, second, values, pool
+    del graph, before, after, first, second, values, pool, other
     gc.collect()  # torch ends the process over a pool that somebody still counts as his
     torch.cuda.synchronize()
 

@@ -310,6 +310,21 @@ def test_opcheck(device: str) -> None:
     torch.library.opcheck(torch.ops.dcn.forward.default, (x, raw, weight, None, *pairs, 1, False, True, False))
 
 
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels-last"])
+def test_gradients_are_as_compilers_are_told(device: str, channels_last: bool) -> None:
+    """Shapes, dtypes and strides of what the operator returns and of what it says that it will."""
+    (x, raw, weight, _), geometry = raw_inputs(device)
+    if channels_last:
+        x, raw, weight = (t.to(memory_format=torch.channels_last) for t in (x, raw, weight))
+    x, raw, weight = (t.detach() for t in (x, raw, weight))
+    grad = torch.randn(x.shape[0], weight.shape[0], *raw.shape[2:], device=device)
+    pairs = [list(p) if isinstance(p, tuple) else [p, p] for p in geometry]
+    backward = torch.ops.dcn.backward.default
+    for needed in ([True] * 4, [False, False, True, False], [True, False, False, False]):
+        arguments = (grad, x, raw, weight, *pairs, 1, True, False, *needed, False)
+        torch.library.opcheck(backward, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
 def test_compiles_and_exports_in_one_graph(device: str) -> None:
     layer = DCN(4, 6, 3, 2).to(device)
     layer.backend = "triton"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -57,7 +58,8 @@ def draw_arms(findings: dict[str, list[Finding]], names: Sequence[str], file: Pa
             style = "-" if number < 10 else "--"
             _line(axis, course.steps, values(course), scale, f"{name}: {findings[name][0].state}", style)
         _finish(axis, title, scale)
-    axes[0].legend(fontsize=7)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncols=4, fontsize=8)
+    figure.get_layout_engine().set(rect=(0, 0.02 + 0.022 * math.ceil(len(shown) / 4), 1, 1))  # room for it
     save_figure(figure, file, DPI)
     return True
 

@@ -29,9 +29,13 @@ BEFORE_AFTER = (
     "default+clip-together+converted",
 )
 DEPTH = (
-    "article+three", "article", "default", "default+converted", "default+converted+six", "default+converted+all3x3",
-    "default+clip-together", "default+clip-together+converted+six", "default+clip-together+converted+all3x3",
-)  # fmt: skip
+    "article+three",
+    "article",
+    "default",
+    "default+converted",
+    "default+converted+six",
+    "default+converted+all3x3",
+)
 
 
 def write_report(folder: Path, base: str = "", out: Path | None = None) -> str:
@@ -91,7 +95,7 @@ def _draw(findings: dict[str, list[Finding]], evidence: Evidence, out: Path) -> 
     for file, arms in (("before-after.png", BEFORE_AFTER), ("changes.png", (base, *changed)), ("depth.png", DEPTH)):
         if draw_arms(findings, arms, out / file):
             names.append(file)
-    for arm in dict.fromkeys((base, "default", "default+clip-together", "default+converted")):
+    for arm in dict.fromkeys((base, "default", "default+converted+all3x3")):
         if arm in findings and draw_layers(findings[arm][0].course, out / f"layers-{arm}.png"):
             names.append(f"layers-{arm}.png")
     return names

@@ -26,7 +26,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from benchmarks.report import cpu_name, heading, table
+from benchmarks.peak_memory import forget_peak, peak_kb
+from benchmarks.report import cpu_name, heading, slope, table
 from engine.parts import MOST_BOXES
 from utils.autoanchor import check_anchors
 from utils.dataloaders import create_dataloader
@@ -86,7 +87,7 @@ def change(images: Path, share: float) -> int:
 
 def child(task: dict) -> dict[str, float]:
     """One measurement, in a process of its own: a start, or training samples."""
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew; a new program inherits its parent's
+    forget_peak()
     before = peak_kb()
     start = time.process_time()
     if task["do"] == "start":
@@ -101,12 +102,6 @@ def child(task: dict) -> dict[str, float]:
         return {"seconds": statistics.median(sample_seconds(data, epoch) for epoch in range(5))}
     seconds = time.process_time() - start
     return {"seconds": seconds, "mb": (peak_kb() - before) / 1024}
-
-
-def peak_kb() -> int:
-    """The most memory this process has held (Linux), in kB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
 def sample_seconds(data: DetectionDataset, epoch: int, count: int = 64) -> float:
@@ -125,11 +120,6 @@ def measure(**task: object) -> dict[str, float]:
     if done.returncode:
         raise ResourceError(f"a measuring process ended with status {done.returncode}: {done.stderr[-300:]}")
     return json.loads(done.stdout.splitlines()[-1])
-
-
-def slope(xs: Sequence[float], ys: Sequence[float]) -> str:
-    """The exponent of ys ~ xs ** exponent."""
-    return f"{np.polyfit(np.log(xs), np.log(ys), 1)[0]:.2f}" if len(xs) > 1 and min(ys) > 0 else "-"
 
 
 def starts(folder: Path, images: int, boxes: int) -> list[float]:

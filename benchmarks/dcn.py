@@ -33,15 +33,13 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor
 
+from benchmarks.made_up import made_up_training
 from benchmarks.report import heading, table
-from benchmarks.train_throughput import model_and_frame, rate
-from engine.parts import build_learner
+from benchmarks.train_throughput import rate
 from models.common import DCN
 from models.ops.deform_conv import BACKENDS, backend_for, deform_conv2d
-from utils.config import DataConfig, Hyp, TrainConfig
-from utils.dataloaders import Batch
+from utils.config import TrainConfig
 from utils.device import describe_device
-from utils.dist import World
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 STRIDE, PADDING, TAPS = 2, 1, 9
@@ -287,17 +285,13 @@ def step_row(name: str, backend: str, args: argparse.Namespace, device: torch.de
     cfg = TrainConfig(
         cfg=name, data=args.data, batch_size=args.step_batch, imgsz=args.imgsz, amp="bf16", dcn_backend=backend
     )
-    data, hyp, world = DataConfig.load(args.data), Hyp(), World()
-    model, frame = model_and_frame(cfg, data, hyp, world, device)
-    learner = build_learner(model, cfg, hyp, frame, 100, device, world)
-    learner.model.train()
-    batch = made_up_batch(frame.batch, frame.imgsz, data.nc).pin_memory()
+    learner, batch = made_up_training(cfg, device)
     torch.cuda.reset_peak_memory_stats()
     speed = rate(learner, repeat(batch, 60), warmup=20)
     peak = torch.cuda.max_memory_allocated() / 1e9
     stem = name.removesuffix(".yaml")
     busy = kernel_time(lambda: rate(learner, repeat(batch, 10), warmup=0)) / 10
-    return [stem, backend if "dcn" in stem else "-", speed, frame.batch / speed * 1e3, busy, peak]
+    return [stem, backend if "dcn" in stem else "-", speed, cfg.batch_size / speed * 1e3, busy, peak]
 
 
 def kernel_time(function: Callable[[], object]) -> float:
@@ -306,16 +300,6 @@ def kernel_time(function: Callable[[], object]) -> float:
         function()
         torch.cuda.synchronize()
     return sum(event.self_device_time_total for event in profile.key_averages()) / 1e3
-
-
-def made_up_batch(count: int, imgsz: int, nc: int, boxes: int = 10, seed: int = 0) -> Batch:
-    """Noise with ``boxes`` random boxes an image, the same every time for a ``seed``."""
-    random = torch.Generator().manual_seed(seed)
-    images = torch.randint(0, 256, (count, imgsz, imgsz, 3), dtype=torch.uint8, generator=random).permute(0, 3, 1, 2)
-    targets = torch.rand(count * boxes, 6, generator=random) * 0.5 + 0.25
-    targets[:, 0] = torch.arange(count).repeat_interleave(boxes)
-    targets[:, 1] = torch.randint(0, nc, (count * boxes,), generator=random)
-    return Batch(images, targets, ["made up"] * count, [])
 
 
 def with_ratio(rows: list[list]) -> list[list]:

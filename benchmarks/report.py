@@ -44,3 +44,10 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
     lines = [header, ["---"] * len(header), *[[cell(v) for v in row] for row in rows]]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def slope(xs: Sequence[float], ys: Sequence[float]) -> str:
+    """The exponent of ys ~ xs ** exponent."""
+    import numpy as np
+
+    return f"{np.polyfit(np.log(xs), np.log(ys), 1)[0].round(2) + 0.0:.2f}" if len(xs) > 1 and min(ys) > 0 else "-"

@@ -12,15 +12,13 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.dcn import made_up_batch
 from benchmarks.forward import forward_ms
-from benchmarks.train_throughput import model_and_frame, rate
+from benchmarks.made_up import made_up_training
+from benchmarks.train_throughput import rate
 from benchmarks.variants.models import PLAIN, write_cfgs
-from engine.parts import build_learner
 from models.surgery import fuse
-from utils.config import DataConfig, Hyp, TrainConfig
+from utils.config import TrainConfig
 from utils.console import LOGGER
-from utils.dist import World
 from utils.files import atomic_write
 
 COLUMNS = ("variant", "imgsz", "params", "step_ms", "infer1_ms", "infer16_ms")
@@ -59,16 +57,11 @@ def measure_costs(
 def _costs(cfg: str, data: str, imgsz: int, batch: int, device: torch.device) -> dict[str, float]:
     cuda = device.type == "cuda"
     settings = TrainConfig(cfg=cfg, data=data, batch_size=batch, imgsz=imgsz, workers=0)
-    classes, hyp, world = DataConfig.load(data), Hyp(), World()
-    model, frame = model_and_frame(settings, classes, hyp, world, device)
-    learner = build_learner(model, settings, hyp, frame, 100, device, world)
-    learner.model.train()
-    made_up = made_up_batch(batch, frame.imgsz, classes.nc)
-    held = made_up.pin_memory() if cuda else made_up
-    speed = rate(learner, repeat(held, 60 if cuda else 3), warmup=20 if cuda else 1)
+    learner, made_up = made_up_training(settings, device)
+    speed = rate(learner, repeat(made_up, 60 if cuda else 3), warmup=20 if cuda else 1)
     plain = fuse(learner.ema.model.eval())
     plain = plain.half() if cuda else plain
-    one, many = (forward_ms(plain, count, (frame.imgsz, frame.imgsz), device) for count in (1, 16))
+    one, many = (forward_ms(plain, count, made_up.images.shape[2:], device) for count in (1, 16))
     params = sum(p.numel() for p in plain.parameters())
     return {"params": params, "step_ms": batch / speed * 1e3, "infer1_ms": one, "infer16_ms": many}
 

@@ -49,16 +49,12 @@ def test_floors_are_those_of_the_fact_sheet() -> None:
 
 
 def test_a_made_up_batch_trains() -> None:
-    from benchmarks.train_throughput import model_and_frame, rate
-    from engine.parts import build_learner
-    from utils.config import DataConfig, Hyp, TrainConfig
-    from utils.dist import World
+    from benchmarks.made_up import made_up_training
+    from benchmarks.train_throughput import rate
+    from utils.config import TrainConfig
 
-    cfg, device, world = TrainConfig(cfg="yolov5n-dcn.yaml", batch_size=2, imgsz=64), torch.device("cpu"), World()
-    data = DataConfig.load("bccd.yaml")
-    model, frame = model_and_frame(cfg, data, Hyp(), world, device)
-    learner = build_learner(model, cfg, Hyp(), frame, 100, device, world)
-    batch = dcn.made_up_batch(frame.batch, frame.imgsz, data.nc)
+    cfg = TrainConfig(cfg="yolov5n-dcn.yaml", data="bccd.yaml", batch_size=2, imgsz=64)
+    learner, batch = made_up_training(cfg, torch.device("cpu"))
     assert batch.images.is_contiguous(memory_format=torch.channels_last)
     assert rate(learner, iter([batch] * 2), warmup=1) > 0
 

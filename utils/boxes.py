@@ -53,6 +53,12 @@ def _box_iou_numpy(a: np.ndarray, b: np.ndarray, eps: float) -> np.ndarray:
     return inter / (area_a + area_b - inter + eps)
 
 
+def row_maxima(iou: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of each row of (N, M), M > 0, the largest value (N,) and where it first is (N,)."""
+    column = iou.argmax(1)
+    return iou[np.arange(len(iou)), column], column
+
+
 def ciou(pred: Tensor, target: Tensor, eps: float = 1e-7) -> Tensor:
     """Complete IoU of matching rows, (N, 4) centre boxes each -> (N,); Zheng et al., arXiv 1911.08287, eq. 10-12.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from utils.boxes import box_iou
+from utils.boxes import box_iou, row_maxima
 
 
 class ConfusionMatrix:
@@ -42,9 +42,7 @@ class ConfusionMatrix:
         of those."""
         if len(detections) == 0:
             return np.zeros(0, int), np.zeros(0, int)
-        iou = box_iou(detections[:, :4], labels[:, 1:5])
-        label = iou.argmax(1)
-        best_iou = iou[np.arange(len(iou)), label]
+        best_iou, label = row_maxima(box_iou(detections[:, :4], labels[:, 1:5]))
         able = np.flatnonzero(best_iou > self.iou)
         able = able[np.argsort(-best_iou[able], kind="stable")]
         matched, first = np.unique(label[able], return_index=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from utils.boxes import box_iou
+from utils.boxes import box_iou, row_maxima
 from utils.stages import speed_line
 
 CURVE_POINTS = 1000
@@ -57,8 +57,7 @@ def best_labels(detections: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray,
     detections, labels = np.asarray(detections, np.float32), np.asarray(labels, np.float32)
     iou = box_iou(detections[:, :4], labels[:, 1:5])
     iou[detections[:, 5:6] != labels[None, :, 0]] = -1
-    best_label = iou.argmax(1)
-    return iou[np.arange(len(iou)), best_label], best_label
+    return row_maxima(iou)
 
 
 @dataclass(frozen=True, eq=False)

@@ -73,9 +73,12 @@ def is_installed(module: str) -> bool:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """``", did you mean 'x'?"`` for the nearest known word, or an empty string."""
-    near = difflib.get_close_matches(str(word), [str(k) for k in known], n=1, cutoff=0.6)
-    return f", did you mean '{near[0]}'?" if near else ""
+    """``", did you mean 'x'?"`` for the nearest known word, or an empty string. A suffix in common (``.yaml``) says
+    nothing and does not count."""
+    suffix = os.path.splitext(str(word))[1]
+    stems = {str(name).removesuffix(suffix): name for name in known}
+    near = difflib.get_close_matches(str(word).removesuffix(suffix), stems, n=1, cutoff=0.6)
+    return f", did you mean '{stems[near[0]]}'?" if near else ""
 
 
 _OS_HINTS = {

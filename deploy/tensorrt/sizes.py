@@ -39,7 +39,8 @@ def layers_of(words: Sequence[str]) -> str | dict[str, Any] | None:
     if word in OWN:
         return _own(word, numbers)
     if word not in SIZES:
-        raise ConfigError(f"-s: {word}: no such size{did_you_mean(word, [*SIZES, *OWN])}; {USAGE}")
+        alike = [size for size in (*SIZES, *OWN) if size[0] == word[:1]]
+        raise ConfigError(f"-s: {word}: no such size{did_you_mean(word, alike)}; {USAGE}")
     if numbers:
         raise ConfigError(f"-s: {' '.join(words)}: numbers go with c; {USAGE}")
     return SIZES[word]

@@ -90,6 +90,9 @@ def test_bugs_keep_their_traceback() -> None:
 def test_did_you_mean() -> None:
     assert did_you_mean("yolo5s", ["yolov5s", "yolov5m"]) == ", did you mean 'yolov5s'?"
     assert did_you_mean("zzz", ["yolov5s"]) == ""
+    assert did_you_mean("bcd.yaml", ["bccd.yaml", "tiny.yaml"]) == ", did you mean 'bccd.yaml'?"
+    assert did_you_mean("bccd.yml", ["bccd.yaml"]) == ", did you mean 'bccd.yaml'?"
+    assert did_you_mean("nope.yaml", ["tiny.yaml"]) == ""
 
 
 def parser() -> Parser:

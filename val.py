@@ -332,15 +332,17 @@ def only_size(args: argparse.Namespace, model: nn.Module) -> int | None:
 def study(
     args: argparse.Namespace, data: DataConfig, models: list[nn.Module], device: torch.device, folder: Path
 ) -> Metrics:
-    """Each model over STUDY_SIZES: study_DATA_WEIGHTS.txt (a row a size) and study.png."""
+    """Each model over STUDY_SIZES: study_DATA_WEIGHTS.txt (a row a size; a second best.pt is best-2) and study.png."""
     from utils.console import LOGGER
     from utils.curves import plot_study
     from utils.files import atomic_write
+    from utils.safe_names import UniqueNames
     from utils.stages import STAGES
 
     curves: dict[str, list[list[float]]] = {}
+    names = UniqueNames()
     for weights, model in zip(args.weights, models):
-        stem, lines = Path(weights).stem, []
+        stem, lines = names.take(Path(weights).stem), []
         for size in STUDY_SIZES:
             metrics = one_pass(argparse.Namespace(**{**vars(args), "imgsz": size}), data, model, device)
             speed = [metrics.speed.get(stage, 0.0) for stage in STAGES]

@@ -99,7 +99,7 @@ def validate(args: argparse.Namespace) -> None:
     rows = []
     for label, who in ((f"{world.size} ranks", world), ("one rank", World())):
         if who.size == world.size or world.main:
-            loader = create_dataloader(images, args.val_batch, workers=args.workers, world=(who.rank, who.size))
+            loader = create_dataloader(images, args.val_batch, workers=args.workers, world=who)
             metrics = evaluate(model, loader, device=device, names=data.names, world=who, show_progress=False)
             if metrics is not None:
                 rows.append([label, metrics.images, *[f"{value:.6f}" for value in metrics.row()[:4]]])

@@ -107,6 +107,8 @@ def check_all(plan: Plan, device: torch.device) -> Checked:
     if data.test:
         DetectionDataset(data.test, frame.imgsz, names=data.names, single_cls=config.single_cls, prefix="test")
     notes = unlike_starts(reports)
+    if data.missing_test:
+        LOGGER.warning(f"compared on val alone: {data.missing_test}")
     for note in notes:
         LOGGER.warning(note)
     return Checked(data, configs, summaries, notes)

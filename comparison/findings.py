@@ -74,7 +74,7 @@ def analyse(
     and in every call.
     """
     first = next(iter(predictions.values()))[0]
-    matched = {model: [match(aligned(p, first.paths)) for p in runs] for model, runs in predictions.items()}
+    matched = {model: [match(aligned(p, first)) for p in runs] for model, runs in predictions.items()}
     some = next(iter(matched.values()))[0]
     sizes, shapes = bins or size_bins(some.label_boxes), ratio_bins()
     weights, nc = draw_weights(len(first.paths), resamples), len(names)

@@ -99,9 +99,19 @@ def predictions_of(file: Path, weights: Path, *how: Any) -> Predictions:
     return found
 
 
-def aligned(found: Predictions, paths: Sequence[str]) -> Predictions:
-    """``found`` with its images in the order of ``paths``: models of another stride see them in another. Raises
-    DataError when they are not the same images."""
+def aligned(found: Predictions, first: Predictions) -> Predictions:
+    """``found`` with its images in the order of ``first``: models of another stride see them in another. Raises
+    DataError when they are not the same images, or have other labels."""
+    found = _in_order(found, first.paths)
+    if not (np.array_equal(found.labels, first.labels) and np.array_equal(found.label_offsets, first.label_offsets)):
+        raise DataError(
+            "the labels of a split changed during the comparison: remove the folder predictions/ in it, whose files "
+            "are made again, and --resume"
+        )
+    return found
+
+
+def _in_order(found: Predictions, paths: Sequence[str]) -> Predictions:
     if found.paths == tuple(paths):
         return found
     if sorted(found.paths) != sorted(paths):

@@ -53,9 +53,21 @@ class _Curve:
     def __init__(self, image: np.ndarray, hit: np.ndarray, images: int) -> None:
         self.hit_image = image[hit]
         count, false = len(self.hit_image), ~hit
-        segment = np.cumsum(hit)[false]  # which hit a false one comes before; ``count`` for the last ones
-        cells = np.bincount(image[false] * (count + 1) + segment, minlength=(count + 1) * images)
-        self.false = cells.reshape(images, count + 1).astype(np.float32)
+        self.segment = np.cumsum(hit)[false]  # which hit a false one comes before, rising; ``count`` for the last ones
+        self.false_image, self.segments, self.images = image[false], count + 1, images
+
+    def false_before(self, weights: np.ndarray) -> np.ndarray:
+        """(B, k + 1) weighted numbers of false detections before each of the k hits, and after the last; of some hits
+        at a time, as images times hits would be gigabytes for a large set."""
+        width = max(1, _CHUNK // self.images)
+        parts = []
+        for start in range(0, self.segments, width):
+            count = min(width, self.segments - start)
+            here = slice(*np.searchsorted(self.segment, (start, start + count)))
+            places = self.false_image[here] * count + (self.segment[here] - start)
+            cells = np.bincount(places, minlength=self.images * count).reshape(self.images, count)
+            parts.append(weights @ cells.astype(np.float32))
+        return np.concatenate(parts, 1)
 
     def areas(self, weights: np.ndarray, labels: np.ndarray) -> np.ndarray:
         """AP (B,) for ``weights`` (B, I) and the weighted number of ``labels`` (B,); NaN without labels."""
@@ -66,7 +78,7 @@ class _Curve:
 
     def _areas(self, weights: np.ndarray, labels: np.ndarray) -> np.ndarray:
         """One part of the resamples. k hits, B resamples; everything in float64 once counted."""
-        false = np.cumsum(weights @ self.false, 1, dtype=np.float64)  # (B, k + 1), before each hit, and in all
+        false = np.cumsum(self.false_before(weights), 1, dtype=np.float64)  # (B, k + 1), before each hit, and in all
         hits = np.cumsum(weights[:, self.hit_image], 1, dtype=np.float64)  # (B, k)
         last = hits[:, -1] / np.maximum(hits[:, -1] + false[:, -1], 1)  # precision when all detections are in
         envelope = hits / np.maximum(hits + false[:, :-1], 1)

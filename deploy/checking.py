@@ -36,6 +36,10 @@ LIMITS = {False: (1e-3, 1e-3), True: (3e-2, 3e-2)}
 rounds every layer."""
 
 
+BARELY = 0.05
+"""Above the threshold of confidence: what the file finds below that, the model may miss."""
+
+
 def input_batch(image: np.ndarray, imgsz: tuple[int, int], batch: int, device: torch.device) -> Tensor:
     """The picture, uint8 (H, W, 3) RGB, letterboxed, then its mirror image, in turns: (batch, 3, H, W) float32."""
     boxed, _ = letterbox(image, imgsz, auto=False)
@@ -63,10 +67,10 @@ def detection_difference(expected: Tensor, found: Tensor, conf: float, iou: floa
     """The same for a file with suppression inside: its boxes beside those that are suppressed here, at most ``max_det``
     a class.
 
-    Raises ExportError where more than a few of the model's are missing; boxes that only just pass ``conf`` or overlap
-    by just ``iou`` may come or go.
+    Raises ExportError where more than a few of the model's are missing or the file's are its own; boxes that only just
+    pass ``conf`` or overlap by just ``iou`` may come or go.
     """
-    values, missing = [], 0
+    values, missing, invented = [], 0, 0
     suppressed = (non_max_suppression(rows, conf, iou) for rows in (expected.float().cpu(), found.float().cpu()))
     for here, there in zip(*suppressed):
         for own in (row for cls in here[:, 5].unique() for row in here[here[:, 5] == cls][:max_det]):
@@ -77,9 +81,19 @@ def detection_difference(expected: Tensor, found: Tensor, conf: float, iou: floa
                 missing += 1
                 continue
             values.append((float(apart.min()), float(apart.min()) / side, abs(float(same[apart.argmin(), 4] - own[4]))))
+        invented += sum(not _is_among(row, here) for row in there[there[:, 4] > conf + BARELY])
     if missing > 0.05 * (missing + len(values)):
         raise ExportError(f"finds {len(values)} of the {missing + len(values)} objects that the model finds")
+    if invented > 0.05 * (invented + len(values)):
+        raise ExportError(f"finds {invented} objects that the model does not find, beside {len(values)} that it does")
     return Difference(*(max(column) for column in zip(*values, (0.0, 0.0, 0.0))), len(values))
+
+
+def _is_among(row: Tensor, others: Tensor) -> bool:
+    """Whether one of ``others`` (n, 6) is the box of ``row``, of its class."""
+    same = others[others[:, 5] == row[5]]
+    side = max(float((row[2:4] - row[:2]).max()), 32.0)
+    return bool(len(same)) and float((same[:, :4] - row[:4]).abs().amax(-1).min()) <= side / 10
 
 
 def refuse_if_far(found: Difference, half: bool) -> None:

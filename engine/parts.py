@@ -191,7 +191,7 @@ def build_loaders(
         train,
         frame.rank_batch,
         shuffle=not cfg.rect,
-        world=(world.rank, world.size),
+        world=world,
         quad=cfg.quad,
         finish_on=device if augments_on_device(cfg, device) else None,
         **shared,
@@ -202,7 +202,7 @@ def build_loaders(
             f"the training set ({len(train)}), for each process"
         )
     loader.batch_sampler.epochs = cfg.epochs
-    return loader, create_dataloader(val, val.batch_size, world=(world.rank, world.size), **shared)
+    return loader, create_dataloader(val, val.batch_size, world=world, **shared)
 
 
 def augments_on_device(cfg: TrainConfig, device: torch.device) -> bool:

@@ -7,7 +7,8 @@ import socket
 from pathlib import Path
 from typing import Any
 
-from utils.errors import CheckpointError, ConfigError
+from utils.config import Hyp
+from utils.errors import CheckpointError, ConfigError, UserError
 from utils.files import load_yaml, refuse_links
 
 # What may differ from the interrupted run without changing what it computes (but for the rounding of another kernel).
@@ -16,6 +17,9 @@ MAY_CHANGE = frozenset(
     | {"dcn_backend", "keep", "on_nan", "augment_device", "cuda_graphs", "compile"}
     | {"ddp_timeout"}
 )
+
+WHERE = frozenset({"project", "name", "exist_ok"})
+"""Where a run's folder is made, of which nothing is left to say when it is there."""
 
 
 def find_last_checkpoint(request: str, below: Path = Path(".")) -> Path:
@@ -74,8 +78,9 @@ def resumed_settings(settings: dict[str, Any], given: set[str]) -> dict[str, Any
     for name, value in stored.items():
         if not _same_kind(value, settings[name]):
             raise ConfigError(f"{options.where(name)}: {name}: {value!r} is no value of this flag; correct the file")
-    for name in sorted(given - MAY_CHANGE):
-        if name in stored and stored[name] != settings[name]:
+    taken_up = "resume" not in given  # by torchrun, with the flags of the first start
+    for name in sorted(given - MAY_CHANGE - (WHERE if taken_up else set())):
+        if name in stored and stored[name] != settings[name] and not (name == "hyp" and _same_hyp(settings, run_dir)):
             raise ConfigError(
                 f"--{name.replace('_', '-')} {settings[name]}: cannot change on --resume (the run has "
                 f"{stored[name] or 'none'}); leave it out, or start anew with --weights {last}"
@@ -85,6 +90,11 @@ def resumed_settings(settings: dict[str, Any], given: set[str]) -> dict[str, Any
     if not last.is_file():
         settings |= {"resume": "", "project": str(run_dir.parent), "name": run_dir.name, "exist_ok": True}
     return settings
+
+
+def _same_hyp(settings: dict[str, Any], run_dir: Path) -> bool:
+    """Whether --hyp is what the run wrote down as its own."""
+    return Hyp.load(settings["hyp"])[0] == Hyp.load(str(run_dir / "hyp.yaml"))[0]
 
 
 def torchrun_job() -> dict[str, str]:
@@ -113,7 +123,10 @@ def run_to_take_up(project: str) -> str:
     several = named and os.environ.get("GROUP_WORLD_SIZE", "1") != "1"
     found = []
     for options in Path(project).glob("*/opt.yaml"):
-        run = load_yaml(options)
+        try:
+            run = load_yaml(options)
+        except UserError:  # another run's; this job wrote its own whole
+            continue
         theirs = run.get("torchrun")
         if isinstance(theirs, dict) and (
             theirs.get("agent") == job["agent"]

@@ -70,8 +70,8 @@ def open_run_dir(cfg: TrainConfig, hyp: Hyp, world: World) -> Path | None:
     if cfg.resume or cfg.exist_ok:
         remove_leftovers(run_dir, run_dir / "weights")
     job = {"torchrun": torchrun_job()} if world.size > 1 else {}
+    atomic_write(run_dir / "hyp.yaml", dump_yaml(hyp.to_dict()))  # first: whoever looks for runs looks for opt.yaml
     atomic_write(run_dir / "opt.yaml", dump_yaml({**cfg.to_dict(), "resume": "", "save_dir": str(run_dir), **job}))
-    atomic_write(run_dir / "hyp.yaml", dump_yaml(hyp.to_dict()))
     return run_dir
 
 

@@ -124,20 +124,26 @@ def restore(path: str | Path, learner: Learner, progress: Progress) -> None:
         raise CheckpointError(f"{path}: holds weights only, nothing to resume; start anew with --weights {path}")
     try:
         unwrap(learner.model).load_state_dict(state["model"])
-        learner.ema.load(checkpoint.model, state["ema_updates"])
+        learner.ema.load(checkpoint.model, _count(state["ema_updates"]))
         restore_optimizer(learner.optimizer, state["optimizer"], str(path))
         if state["scaler"]:  # empty when the run so far did not scale its loss: float32, bf16
             learner.scaler.load_state_dict(state["scaler"])
-        progress.start_epoch = state["epoch"] + 1
+        progress.start_epoch = _count(state["epoch"] + 1)
         progress.best_fitness = state["best_fitness"]
         progress.class_maps = list(state["class_maps"])
         progress.partial = PartialEpoch(**state["partial"]) if state.get("partial") else None
         set_rollbacks(learner, progress, state.get("rollbacks", 0))
         progress.stopper.load_state_dict(state["stopper"])
         set_rng_state(state["rng"])
-    except (KeyError, RuntimeError, TypeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+    except (AttributeError, KeyError, OverflowError, RuntimeError, TypeError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{path}: its training state does not fit this model ({reason})") from error
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{value!r} is no count")
+    return value
 
 
 def roll_back(path: Path, learner: Learner, progress: Progress) -> None:

@@ -100,6 +100,7 @@ def _train(
     cfg = replace(cfg, batch_size=frame.batch)  # what --batch-size -1 found: a resumed run must not measure again
     train_set, val_set = build_datasets(cfg, hyp, data, frame, world)
     frame = within_data(frame, len(train_set), world)
+    train_set.set_batch_size(frame.rank_batch)
     loader, val_loader = build_loaders(cfg, train_set, val_set, frame, world, device)
     if not (cfg.resume or cfg.image_weights):  # which begin elsewhere in the data
         loader.begin()  # beside what follows: torch's optimizers import its compiler, which takes seconds
@@ -277,10 +278,12 @@ def _announce(cfg: TrainConfig, hyp: Hyp, device: torch.device, notes: Sequence[
 
 
 def _check_unfinished(cfg: TrainConfig, progress: Progress) -> None:
-    if progress.start_epoch >= cfg.epochs and is_finished(cfg.resume):
+    early = progress.stopper.has_ended(progress.start_epoch)
+    if (early or progress.start_epoch >= cfg.epochs) and is_finished(cfg.resume):
+        more = "a larger --patience (0: no end)" if early else "--epochs N with more"
         raise ConfigError(
             f"--resume {cfg.resume}: its training of {plural(progress.start_epoch, 'epoch')} is finished; "
-            f"give --epochs N with more to go on, or start anew with --weights {cfg.resume}"
+            f"give {more} to go on, or start anew with --weights {cfg.resume}"
         )
     step = f", after {plural(progress.partial.batches, 'batch', 'batches')}" if progress.partial else ""
     LOGGER.info(f"Resuming {cfg.resume} at epoch {progress.start_epoch} of {cfg.epochs}{step}")

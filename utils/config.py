@@ -179,6 +179,8 @@ class DataConfig:
     test: tuple[Path, ...]
     names: dict[int, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    missing_test: str = ""
+    """What the YAML names as its test split and is not there: no fault before it is asked for."""
 
     @property
     def nc(self) -> int:
@@ -188,6 +190,8 @@ class DataConfig:
     def split(self, task: str) -> tuple[Path, ...]:
         """The sources of split 'train', 'val' or 'test'. Raises DataError when the YAML does not have it."""
         sources = {"train": self.train, "val": self.val, "test": self.test}[task]
+        if not sources and self.missing_test:
+            raise DataError(self.missing_test)
         if not sources:
             raise DataError(f"{self.source}: has no '{task}:' entry")
         return sources
@@ -216,8 +220,13 @@ class DataConfig:
         if single_cls:
             names = {0: names[0] if len(names) == 1 else "item"}
         root = _dataset_root(data)
-        splits = {key: _resolve_split(data, key, root) for key in ("train", "val", "test")}
-        return cls(found, root, splits["train"], splits["val"], splits["test"], names, tuple(notes))
+        train, val = (_resolve_split(data, key, root) for key in ("train", "val"))
+        test, missing = (), ""
+        try:
+            test = _resolve_split(data, "test", root)
+        except DataError as error:
+            missing = str(error)
+        return cls(found, root, train, val, test, names, tuple(notes), missing)
 
 
 _DATA_KEYS = ("path", "train", "val", "test", "nc", "names", "download", "yaml_file", "roboflow", "kpt_shape")
@@ -315,8 +324,6 @@ def _resolve_split(data: YamlFile, key: str, root: Path) -> tuple[Path, ...]:
                 found.append(_without_dots(candidate))
                 break
         else:
-            if key == "test":  # optional: complain when it is used
-                return ()
             raise DataError(
                 f"{data.where(key, index)}: {key}: {tried[0]}: no such folder or file{_download_hint(data)}"
             )

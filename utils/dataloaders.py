@@ -19,6 +19,7 @@ from utils.batch_memory import BatchMemory, Draws, Ticket
 from utils.console import LOGGER, plural
 from utils.dataset import DetectionDataset, Draw, Sample
 from utils.device_augment import finish_batch, pack
+from utils.dist import World
 from utils.errors import ResourceError, UserError, explain_lost_worker
 from utils.signals import interrupts_deferred, outlive_first_sigterm
 
@@ -285,13 +286,13 @@ def create_dataloader(
     *,
     shuffle: bool = False,
     workers: int = 8,
-    world: tuple[int, int] = (0, 1),
+    world: World = World(),
     seed: int = 0,
     quad: bool = False,
     persistent: bool = True,
     finish_on: torch.device | None = None,
 ) -> DetectionLoader:
-    """Batches of a data set for process ``world[0]`` of ``world[1]``.
+    """This process's batches of a data set.
 
     ``workers`` is cut to the cores of this process's share and to the batch size. A training set (``augment``) is
     shared out evenly, an evaluation set exactly. A rectangular set keeps its own order and batch size. ``quad``
@@ -299,7 +300,6 @@ def create_dataloader(
     ahead into the next one. ``finish_on``: colours and mirrors of training images are left to this device; batches come
     with their images there (not with ``quad``, which joins finished images).
     """
-    rank, size = world
     batch_size = max(1, min(batch_size, len(dataset)))
     if dataset.rect:
         batch_size, shuffle = dataset.batch_size, False
@@ -307,12 +307,12 @@ def create_dataloader(
         len(dataset),
         shuffle=shuffle,
         seed=seed,
-        rank=rank,
-        size=size,
+        rank=world.rank,
+        size=world.size,
         block=batch_size if dataset.rect else 1,
         even=dataset.augment,
     )
-    processes = min(workers, max(available_cores() // size, 1), batch_size if batch_size > 1 else 0)
+    processes = min(workers, max(available_cores() // world.sharers, 1), batch_size if batch_size > 1 else 0)
     persistent = persistent and processes > 0
     # only processes that live on use their blocks again; quads are joined in new memory
     dataset.memory = BatchMemory(processes) if dataset.augment and persistent and not quad else None

@@ -128,7 +128,7 @@ class DetectionDataset(Dataset):
         index = scan_labels(sources, None if single_cls else self.nc, prefix, strict, require_labels, show)
         if single_cls:
             index = dataclasses.replace(index, labels=index.labels * np.float32((0, 1, 1, 1, 1)))
-        self.batch_shapes = None
+        self.batch_shapes, self._stride_and_pad = None, (stride, pad)
         if rect:
             order, self.batch_shapes = rect_batches(index.sizes, imgsz, batch_size, stride, pad)
             index = index.reorder(order)
@@ -145,11 +145,19 @@ class DetectionDataset(Dataset):
         self.cache = NoCache()
         self.keep_images(cache)
 
+    def set_batch_size(self, batch_size: int) -> None:
+        """Another one than at the start; that of a rectangular set decides which images share a frame."""
+        self.batch_size = batch_size
+        if self.batch_shapes is not None:  # the images lie in their order already
+            _, self.batch_shapes = rect_batches(self.index.sizes, self.imgsz, batch_size, *self._stride_and_pad)
+
     def keep_images(self, kind: str, world: World = World()) -> None:
         """Fill the cache ``kind``: '', 'ram' or 'disk'. Every process of ``world`` calls this for the same images, and
         those of one machine share them."""
         variant = "reduced" if self.augment else "area"
-        self.cache = make_cache(kind, self.index.paths, self.loaded, self._read, variant, self.prefix, world)
+        self.cache = make_cache(
+            kind, self.index.paths, self.loaded, self._read, variant, self.prefix, world, self.tolerant
+        )
 
     def __len__(self) -> int:
         return len(self.index)
@@ -265,10 +273,10 @@ class DetectionDataset(Dataset):
             w0, h0 = map(int, self.shapes[draw.index])
             box = Letterbox((h0, w0), (width / w0, height / h0), (0.0, 0.0))
             return Sample(grey, np.zeros((0, 5), np.float32), self.path(draw.index), box, draw, (reason,))
-        skipped = [reason]
+        skipped, frame = [reason], self._frame(draw.index)
         for step in range(1, min(len(self), MOST_REPLACED)):
             try:
-                sample = self._training_sample(draw._replace(index=(draw.index + step) % len(self)), out)
+                sample = self._training_sample(draw._replace(index=(draw.index + step) % len(self)), out, frame)
             except DataError as error:
                 skipped.append(str(error))
                 continue
@@ -282,12 +290,15 @@ class DetectionDataset(Dataset):
         height, width = self.batch_shapes[index // self.batch_size]
         return int(height), int(width)
 
-    def _boxed(self, index: int, scaleup: bool) -> tuple[np.ndarray, Letterbox]:
-        """The image in its frame, and the map from the file's pixels to the frame's."""
+    def _boxed(
+        self, index: int, scaleup: bool, frame: int | tuple[int, int] | None = None
+    ) -> tuple[np.ndarray, Letterbox]:
+        """The image in ``frame`` (its own), and the map from the file's pixels to the frame's."""
         image = self.load_image(index)
         h, w = image.shape[:2]
         w0, h0 = map(int, self.shapes[index])
-        image, box = letterbox(image, self._frame(index), auto=False, scaleup=scaleup)
+        frame = self._frame(index) if frame is None else frame
+        image, box = letterbox(image, frame, auto=False, scaleup=scaleup)
         return image, Letterbox((h0, w0), (box.ratio[0] * w / w0, box.ratio[1] * h / h0), box.pad)
 
     def _evaluation_sample(self, draw: Draw) -> Sample:
@@ -304,7 +315,10 @@ class DetectionDataset(Dataset):
         labels[:, 3:5] = (centre + half) * np.float32((w, h)) + np.float32(box.pad)
         return labels
 
-    def _training_sample(self, draw: Draw, out: np.ndarray | None = None) -> Sample:
+    def _training_sample(
+        self, draw: Draw, out: np.ndarray | None = None, frame: int | tuple[int, int] | None = None
+    ) -> Sample:
+        """``frame``: side or (height, width), where the sample stands in for one of another frame."""
         rng = np.random.default_rng((self.seed, draw.epoch, draw.index, draw.repeat))
         hyp, box = self.hyp, None
         closed = self.close_mosaic_epoch is not None and draw.epoch >= self.close_mosaic_epoch
@@ -314,7 +328,7 @@ class DetectionDataset(Dataset):
                 other = self._mosaic(int(rng.integers(len(self))), rng)
                 image, labels = mixup((image, labels), other, rng.beta(32.0, 32.0))
         else:
-            image, labels, box = self._warped(draw.index, rng)
+            image, labels, box = self._warped(draw.index, rng, frame)
         labels = to_unit(labels, image.shape)
         factors = draw_hsv(rng, (hyp.hsv_h, hyp.hsv_s, hyp.hsv_v))
         mirrored = bool(rng.random() < hyp.flipud), bool(rng.random() < hyp.fliplr)
@@ -349,8 +363,10 @@ class DetectionDataset(Dataset):
         hyp = self.hyp
         return draw_perspective(rng, hyp.degrees, hyp.translate, hyp.scale, hyp.shear, hyp.perspective)
 
-    def _warped(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, Letterbox | None]:
-        image, box = self._boxed(index, scaleup=True)
+    def _warped(
+        self, index: int, rng: np.random.Generator, frame: int | tuple[int, int] | None
+    ) -> tuple[np.ndarray, np.ndarray, Letterbox | None]:
+        image, box = self._boxed(index, True, frame)
         frame = image.shape[:2]
         draw = self._draw_perspective(rng)
         matrix = draw.matrix(frame, frame)

@@ -29,6 +29,13 @@ class World:
     rank: int = 0
     local_rank: int = 0
     size: int = 1
+    on_machine: int = 0
+    """Processes on this machine; 0: all are."""
+
+    @property
+    def sharers(self) -> int:
+        """How many processes share this machine's cores."""
+        return self.on_machine or self.size
 
     @property
     def main(self) -> bool:
@@ -44,7 +51,8 @@ def init_distributed(cuda: bool) -> World:
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         return World()
-    world = World(int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0")), size)
+    local_rank, on_machine = (int(os.environ.get(f"LOCAL_{name}", "0")) for name in ("RANK", "WORLD_SIZE"))
+    world = World(int(os.environ["RANK"]), local_rank, size, on_machine)
     if cuda:
         if torch.cuda.device_count() <= world.local_rank:
             raise ConfigError(

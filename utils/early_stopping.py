@@ -27,6 +27,10 @@ class EarlyStopping:
         self.possible_stop = waited >= self.patience - 1
         return waited >= self.patience
 
+    def has_ended(self, epochs: int) -> bool:
+        """Whether a training of so many epochs was, with this patience, at its end."""
+        return epochs - 1 - self.best_epoch >= self.patience
+
     def message(self) -> str:
         """What to tell the user when it stops."""
         return (

@@ -118,7 +118,7 @@ def explain_memory_error(error: Exception) -> str | None:
 def explain_lost_worker(error: Exception) -> str | None:
     """One line for torch's error about a loader process that died, which its signal handler raises wherever the program
     stands; None for another error."""
-    if "DataLoader worker" not in str(error):
+    if "DataLoader worker (pid" not in str(error):  # without it, the worker tells of an error of its own
         return None
     return (
         f"a data loading process died ({str(error).splitlines()[0]}): most often memory is short or, in a container, "

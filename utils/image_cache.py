@@ -17,7 +17,7 @@ import numpy as np
 
 from utils.console import LOGGER, progress
 from utils.dist import World, gather
-from utils.errors import ConfigError
+from utils.errors import ConfigError, DataError
 from utils.files import atomic_open
 from utils.label_cache import user_cache_dir
 
@@ -154,13 +154,14 @@ def make_cache(
     variant: str,
     prefix: str,
     world: World = World(),
+    tolerant: bool = False,
 ) -> NoCache:
     """Build and fill the cache ``kind``: '' (none), 'ram' or 'disk'.
 
     ``shapes`` (n, 2): height and width as loaded; ``load(i)`` reads image i; ``variant`` tells ways of resizing
     apart. ``world``: all of its processes call this together; those of one machine share the cache and fill it
-    together. When memory or disk space would run short it says so and caches nothing. Raises ConfigError for an
-    unknown kind.
+    together. When memory or disk space would run short it says so and caches nothing. ``tolerant``: an image that
+    ``load`` cannot read (DataError) is left out. Raises ConfigError for an unknown kind.
     """
     if kind not in ("", "ram", "disk"):
         raise ConfigError(f"--cache {kind}: expected ram or disk")
@@ -181,7 +182,8 @@ def make_cache(
             cache = RamCache(shapes, block) if kind == "ram" else DiskCache(folder, paths, shapes, variant)
         if cache is not None:
             title = f"{prefix}Caching images ({need / GB:.1f}GB {kind})"
-            _fill(cache, load, range(peers.index(world.rank), len(paths), len(peers)), title, world.main)
+            numbers = range(peers.index(world.rank), len(paths), len(peers))
+            _fill(cache, load, numbers, title, world.main, tolerant)
     except OSError as error:
         LOGGER.warning(f"{prefix}cannot keep images in {kind} ({error.strerror}; {folder}), not caching")
         cache = None
@@ -223,11 +225,21 @@ def _key(cache: RamCache | DiskCache | None) -> tuple[int, int] | None:
 
 
 def _fill(
-    cache: RamCache | DiskCache, load: Callable[[int], np.ndarray], numbers: Sequence[int], title: str, show: bool
+    cache: RamCache | DiskCache,
+    load: Callable[[int], np.ndarray],
+    numbers: Sequence[int],
+    title: str,
+    show: bool,
+    tolerant: bool,
 ) -> None:
     def keep(index: int) -> None:
-        if cache.get(index) is None:
+        if cache.get(index) is not None:
+            return
+        try:
             cache.put(index, load(index))
+        except DataError:
+            if not tolerant:
+                raise
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # OpenCV decodes outside the interpreter lock
         for _ in progress(pool.map(keep, numbers), total=len(numbers), desc=title, enabled=show):

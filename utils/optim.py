@@ -181,3 +181,9 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], s
     for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=True):
         merged.append({**saved, **{key: group[key] for key in kept if key in group}})
     optimizer.load_state_dict({"state": state["state"], "param_groups": merged})
+    for parameter, held in optimizer.state.items():
+        for name, value in held.items():
+            if torch.is_tensor(value) and value.dim() and value.shape != parameter.shape:
+                raise CheckpointError(f"{source}: its {name} is of {tuple(value.shape)}, not {tuple(parameter.shape)}")
+    if isinstance(optimizer, torch.optim.SGD) and any(g["fused"] and g["momentum"] for g in optimizer.param_groups):
+        start_momentum_at_zero(optimizer)  # that of a run's beginning is empty

@@ -84,7 +84,7 @@ def validated(world: World, images: Path, batch: int) -> list[float]:
         dataset = DetectionDataset([images], 160, rect=True, batch_size=batch, pad=0.5, nc=3, names=NAMES, show=False)
     model = load_model(ROOT / "data" / "demo" / "yolov5n-dcn-start.pt", fuse=False)
     criterion = DetectionLoss(model.detect.anchors, model.stride, 3, Hyp().scaled(model.detect.nl, 3, 160))
-    loader = create_dataloader(dataset, batch, workers=1, world=(world.rank, world.size))
+    loader = create_dataloader(dataset, batch, workers=1, world=world)
     cpu = torch.device("cpu")
     metrics = evaluate(model, loader, device=cpu, names=NAMES, criterion=criterion, show_progress=False, world=world)
     if metrics is None:

@@ -18,7 +18,7 @@ from engine.resume import find_last_checkpoint, run_to_take_up
 from engine.state import keep_newest
 from scripts.faults.runs import same, weights
 from utils.checkpoint import read_checkpoint
-from utils.errors import CheckpointError, run_cli
+from utils.errors import CheckpointError, explain_lost_worker, run_cli
 from utils.files import dump_yaml, load_yaml
 from utils.signals import sigterm_as_interrupt, termination_noted
 
@@ -279,6 +279,11 @@ def test_a_lost_loader_process_is_one_line_wherever_torch_raises_it(train_cli, m
     assert status == 2 and err.count("\n") == 1 and "a data loading process died" in err and "--resume" in err
 
 
+def test_an_error_inside_a_loader_process_stays_a_traceback() -> None:
+    error = IndexError("Caught IndexError in DataLoader worker process 0.\nOriginal Traceback ...")
+    assert explain_lost_worker(error) is None
+
+
 def _raiser(error: Exception) -> Callable[[], None]:
     def action() -> None:
         raise error
@@ -344,5 +349,7 @@ def test_which_run_a_torchrun_restart_takes_up(tmp_path: Path, monkeypatch) -> N
     (tmp_path / "done").mkdir()
     job = {"run_id": "job7", "agent": "elsewhere 3 4"}
     (tmp_path / "done" / "opt.yaml").write_text(dump_yaml({"epochs": 1, "finished": True, "torchrun": job}))
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "opt.yaml").write_text("epochs: [1\n")
     assert run_to_take_up(str(tmp_path)) == str(tmp_path / "other")
     assert load_yaml(tmp_path / "other" / "opt.yaml")["torchrun"]["run_id"] == "job7"

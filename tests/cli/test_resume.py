@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from engine.parts import Frame, build_learner
+from engine.resume import resumed_settings
 from engine.state import Progress, describe_run, restore, save_last
 from models.yolo import DetectionModel
 from utils.checkpoint import read_checkpoint, save_checkpoint
@@ -15,7 +16,7 @@ from utils.config import Hyp, TrainConfig
 from utils.dist import World
 from utils.early_stopping import EarlyStopping
 from utils.errors import CheckpointError
-from utils.files import load_yaml
+from utils.files import ROOT, load_yaml
 
 
 @pytest.fixture(scope="module")
@@ -84,3 +85,42 @@ def test_an_interrupted_run_without_checkpoints_says_so(tmp_path: Path, train_cl
     monkeypatch.setattr(engine.trainer, "train_one_epoch", interrupted)
     status, _, err = train_cli("--nosave", "--epochs", "2")
     assert status == 130 and "--nosave" in err and "no epoch was completed" not in err
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("epoch", -50), ("epoch", "7"), ("ema_updates", -1), ("rng", {"torch": 5}), ("optimizer", 5)]
+)
+def test_a_damaged_training_state_is_one_line(last: Path, tmp_path: Path, key: str, value: object) -> None:
+    whole = read_checkpoint(last)
+    save_checkpoint(tmp_path / "last.pt", whole.model, whole.meta, {**whole.train, key: value})
+    with pytest.raises(CheckpointError, match="does not fit this model"):
+        restore(tmp_path / "last.pt", *fresh_learner())
+
+
+def test_momentum_of_another_shape_is_one_line(last: Path, tmp_path: Path) -> None:
+    whole = read_checkpoint(last)
+    learner, progress = fresh_learner()
+    for parameter in learner.model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    learner.optimizer.step()
+    state = learner.optimizer.state_dict()
+    state["state"][0]["momentum_buffer"] = torch.zeros(7)
+    save_checkpoint(tmp_path / "last.pt", whole.model, whole.meta, {**whole.train, "optimizer": state})
+    with pytest.raises(CheckpointError, match=r"its momentum_buffer is of \(7,\), not"):
+        restore(tmp_path / "last.pt", learner, progress)
+
+
+def test_the_flags_of_the_first_start_serve_again(tmp_path: Path, tiny: Path, train_cli, monkeypatch) -> None:
+    """torchrun repeats them at every start, a scheduler with --resume behind; the run's own copy of --hyp is stored."""
+    hyp = tmp_path / "mine.yaml"
+    hyp.write_text((ROOT / "data/hyps/hyp.scratch-low.yaml").read_text())
+    assert train_cli("--hyp", str(hyp), "--name", "first")[0] == 0
+    run = tmp_path / "runs" / "first"
+    for epochs in ("2", "3"):
+        status, _, err = train_cli(base=["--resume", str(run), "--hyp", str(hyp), "--epochs", epochs], data="")
+        assert status == 0, err
+    hyp.write_text(hyp.read_text().replace("lr0: 0.01", "lr0: 0.02"))
+    status, _, err = train_cli(base=["--resume", str(run), "--hyp", str(hyp), "--epochs", "4"], data="")
+    assert status == 2 and "--hyp" in err and "cannot change on --resume" in err
+    settings = {"resume": str(run), "project": "elsewhere", "name": "first", "exist_ok": True}
+    assert resumed_settings(settings, {"project", "name", "exist_ok"})["resume"].endswith("last.pt")

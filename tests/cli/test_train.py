@@ -164,6 +164,12 @@ def test_early_stopping(tmp_path: Path, train_cli) -> None:
     run = tmp_path / "runs" / "exp"
     assert len(rows_of(run)) < 7
     assert (run / "weights" / "epoch0.pt").is_file()
+    rows = rows_of(run)
+    status, _, err = train_cli(base=["--resume", str(run)], data="")
+    assert status == 2 and "is finished; give a larger --patience" in err
+    assert rows_of(run) == rows
+    status, _, err = train_cli(base=["--resume", str(run), "--patience", "0"], data="")
+    assert status == 0 and len(rows_of(run)) == 7, err
 
 
 def test_run_from_python(tmp_path: Path, tiny: Path) -> None:

@@ -22,7 +22,7 @@ from comparison.intervals import Interval
 from comparison.matching import Predictions
 from comparison.measuring import verdicts
 from comparison.offset_examples import offset_examples
-from comparison.predictions import aligned, load, save
+from comparison.predictions import _in_order, aligned, load, save
 from comparison.report import Comparison, duration, interval
 from comparison.report_html import page
 from comparison.report_text import CSV_HEADER, markdown, table_csv
@@ -147,13 +147,20 @@ def test_predictions_survive_the_file(tmp_path: Path) -> None:
 
 def test_images_in_another_order_are_put_right() -> None:
     found = made_up()
-    turned = aligned(found, found.paths[::-1])
+    turned = _in_order(found, found.paths[::-1])
     assert turned.paths == found.paths[::-1]
     np.testing.assert_array_equal(turned.of_image(0)[0], found.of_image(11)[0])
-    back = aligned(turned, found.paths)
+    back = aligned(turned, found)
     np.testing.assert_array_equal(back.detections, found.detections)
     with pytest.raises(DataError, match="changed during the comparison"):
-        aligned(found, (*found.paths[:-1], "new.jpg"))
+        aligned(found, dataclasses.replace(found, paths=(*found.paths[:-1], "new.jpg")))
+
+
+def test_other_labels_of_the_same_images_are_refused() -> None:
+    """Corrected between two starts: predictions kept from before hold the old ones."""
+    found = made_up()
+    with pytest.raises(DataError, match="labels of a split changed .* remove the folder predictions/"):
+        aligned(found, dataclasses.replace(found, labels=found.labels + 1))
 
 
 def test_examples_are_those_that_differ_most(tmp_path: Path) -> None:

@@ -180,3 +180,36 @@ def test_an_image_exchanged_during_the_run_is_named(make_set: Callable) -> None:
     make_set({"a": ROWS}, size=(30, 30))
     with pytest.raises(DataError, match="a.png: is 30x30 pixels but was 60x40"):
         data[0]
+
+
+@pytest.mark.parametrize("cache", ["", "ram"])
+def test_a_rectangular_batch_keeps_its_frame_when_an_image_is_gone(make_set: Callable, cache: str) -> None:
+    """The next image that can be read is of the next batch, whose frame is another."""
+    images = make_set({name: ROWS for name in "ab"}, size=(40, 80))
+    make_set({name: ROWS for name in "cd"}, size=(80, 40))
+    options = {"augment": True, "nc": 2, "rect": True, "batch_size": 2, "show": False}
+    data = DetectionDataset(images, 64, **options, tolerant=True)
+    assert data.batch_shapes[0].tolist() != data.batch_shapes[1].tolist()
+    Path(data.path(1)).unlink()
+    data.keep_images(cache)
+    samples = data.__getitems__([Draw(0, 0), Draw(0, 1)])
+    assert samples[0].image.shape == samples[1].image.shape and samples[1].skipped
+
+
+def test_a_strict_cache_reads_every_image(make_set: Callable) -> None:
+    images = make_set({name: ROWS for name in "ab"})
+    data = DetectionDataset(images, 64, augment=True, nc=2, show=False)
+    Path(data.path(1)).unlink()
+    with pytest.raises(DataError):
+        data.keep_images("ram")
+
+
+def test_another_batch_size_makes_other_frames(make_set: Callable) -> None:
+    images = make_set({name: ROWS for name in "abc"}, size=(40, 80))
+    make_set({"d": ROWS}, size=(80, 40))
+    data, other = (
+        DetectionDataset(images, 64, augment=True, nc=2, rect=True, batch_size=size, show=False) for size in (4, 2)
+    )
+    data.set_batch_size(2)
+    assert data.batch_shapes.tolist() == other.batch_shapes.tolist() and data.batch_size == 2
+    assert list(data.index.paths) == list(other.index.paths)

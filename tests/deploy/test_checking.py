@@ -72,6 +72,8 @@ def test_suppressed_rows_are_compared_box_by_box() -> None:
     assert detection_difference(expected, found, 0.25, 0.45, 100).box < 1e-3
     with pytest.raises(ExportError, match="objects that the model finds"):
         detection_difference(expected, from_detections(rows[::2], 2, 3, most=300), 0.25, 0.45, 100)
+    with pytest.raises(ExportError, match="objects that the model does not find, beside 0 that it does"):
+        detection_difference(torch.zeros_like(expected), found, 0.25, 0.45, 100)
 
 
 def test_the_pictures_of_a_batch_differ(picture) -> None:

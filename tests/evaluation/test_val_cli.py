@@ -84,6 +84,20 @@ def test_study(small, tmp_path, monkeypatch):
     assert (tmp_path / "exp" / "study.png").exists()
 
 
+def test_a_study_of_two_files_of_one_name(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(val, "STUDY_SIZES", (64,))
+    argv = flags(small, tmp_path)
+    place = next(i for i, word in enumerate(argv) if word.startswith("--weights"))
+    weights = argv[place].partition("=")[2] or argv[place + 1]
+    again = tmp_path / "again" / Path(weights).name
+    again.parent.mkdir()
+    again.write_bytes(Path(weights).read_bytes())
+    argv[place : place + 1 + ("=" not in argv[place])] = ["--weights", weights, str(again)]
+    assert val.main([*argv, "--task=study", "--noplots"]) == 0
+    names = sorted(path.name for path in (tmp_path / "exp").glob("study*.txt"))
+    assert names == ["study_data_model-2.txt", "study_data_model.txt"]
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [

@@ -207,3 +207,18 @@ def test_without_offset_branches_all_are_clipped_together() -> None:
     torch.testing.assert_close(norm, nn.utils.clip_grad_norm_(other.parameters(), 10.0))
     for parameter, copy in zip(model.parameters(), other.parameters()):
         torch.testing.assert_close(parameter.grad, copy.grad)
+
+
+def test_an_empty_momentum_is_filled_after_going_back_as_well() -> None:
+    """A rollback to a run's beginning: the state is empty again, and its first step may be skipped again."""
+    model = nn.Linear(3, 2)
+    optimizer = build_optimizer(model, "SGD", 0.1, 0.9, 0.0)
+    start = deepcopy(optimizer.state_dict())
+    for group in optimizer.param_groups:
+        group["fused"] = True
+    train_a_step(model, optimizer, torch.ones(1, 3))
+    restore_optimizer(optimizer, start, "last.pt")
+    assert not optimizer.state
+    optimizer.found_inf = torch.ones(())
+    train_a_step(model, optimizer, torch.ones(1, 3))
+    assert all(bool((held["momentum_buffer"] == 0).all()) for held in optimizer.state.values()) and optimizer.state

@@ -9,7 +9,7 @@ from typing import Any
 
 from utils.config import Hyp
 from utils.errors import CheckpointError, ConfigError, UserError
-from utils.files import load_yaml, refuse_links
+from utils.files import find_file, load_yaml, refuse_links
 
 # What may differ from the interrupted run without changing what it computes (but for the rounding of another kernel).
 MAY_CHANGE = frozenset(
@@ -38,6 +38,8 @@ def find_last_checkpoint(request: str, below: Path = Path(".")) -> Path:
             )
         return max(found, key=_age)
     path = Path(request)
+    if path.is_file() and path.suffix != ".pt":
+        raise CheckpointError(f"--resume {request}: is no checkpoint (expected a run's folder or its weights/last.pt)")
     if path.is_dir():
         path = path / "weights" / "last.pt"
     if not path.is_file() and not _can_start_again(path):
@@ -78,6 +80,12 @@ def resumed_settings(settings: dict[str, Any], given: set[str]) -> dict[str, Any
     for name, value in stored.items():
         if not _same_kind(value, settings[name]):
             raise ConfigError(f"{options.where(name)}: {name}: {value!r} is no value of this flag; correct the file")
+    if "data" in stored and find_file(stored["data"], ("data",)) is None:  # the data set has moved
+        if "data" not in given:
+            raise ConfigError(
+                f"--resume {last}: its data set {stored['data']} is not there any more; say where it is now with --data"
+            )
+        stored["data"] = settings["data"]
     taken_up = "resume" not in given  # by torchrun, with the flags of the first start
     for name in sorted(given - MAY_CHANGE - (WHERE if taken_up else set())):
         if name in stored and stored[name] != settings[name] and not (name == "hyp" and _same_hyp(settings, run_dir)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
@@ -21,6 +22,7 @@ from utils.ema import unwrap
 from utils.files import atomic_write, dump_yaml, load_yaml, new_run_dir, remove_leftovers
 from utils.metrics import Metrics
 from utils.peer_watch import PeerWatch
+from utils.run_lock import sole_user
 from utils.signals import NotedTermination
 
 
@@ -58,14 +60,16 @@ class Run:
         return self.dir / "weights" / "last.pt"
 
 
-def open_run_dir(cfg: TrainConfig, hyp: Hyp, world: World) -> Path | None:
-    """The run's folder with opt.yaml and hyp.yaml, which together repeat the run; None on the other ranks."""
+def open_run_dir(cfg: TrainConfig, hyp: Hyp, world: World, held: ExitStack) -> Path | None:
+    """The run's folder with opt.yaml and hyp.yaml, which together repeat the run; None on the other ranks. It is this
+    training's alone until ``held`` is closed; ResourceError when another's."""
     if not world.main:
         return None
     if cfg.resume:
         run_dir = Path(cfg.resume).resolve().parent.parent
     else:
         run_dir = new_run_dir(cfg.project, cfg.name, cfg.exist_ok)
+    held.enter_context(sole_user(run_dir))
     (run_dir / "weights").mkdir(exist_ok=True)
     if cfg.resume or cfg.exist_ok:
         remove_leftovers(run_dir, run_dir / "weights")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -116,17 +116,18 @@ def _train(
         _check_unfinished(cfg, progress)
     _check_same_start(progress, world)
 
-    run_dir = Path(broadcast(str(open_run_dir(cfg, hyp, world)), world))
-    run = Run(cfg, hyp, data, run_dir, learner, loader, val_loader, progress, world, watch)
-    multi_scale = MultiScale(frame.imgsz, frame.stride, cfg.seed) if cfg.multi_scale else None
-    LOGGER.info(
-        f"Image sizes {frame.imgsz} train, {frame.imgsz} val\nUsing {loader.num_workers} dataloader workers\n"
-        f"Logging results to {run_dir}\nStarting training for {cfg.epochs} epochs..."
-    )
-    try:
-        fit(run, multi_scale)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(how_to_go_on(run)) from None
+    with ExitStack() as held:
+        run_dir = Path(broadcast(str(open_run_dir(cfg, hyp, world, held)), world))
+        run = Run(cfg, hyp, data, run_dir, learner, loader, val_loader, progress, world, watch)
+        multi_scale = MultiScale(frame.imgsz, frame.stride, cfg.seed) if cfg.multi_scale else None
+        LOGGER.info(
+            f"Image sizes {frame.imgsz} train, {frame.imgsz} val\nUsing {loader.num_workers} dataloader workers\n"
+            f"Logging results to {run_dir}\nStarting training for {cfg.epochs} epochs..."
+        )
+        try:
+            fit(run, multi_scale)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(how_to_go_on(run)) from None
     return run_dir
 
 

@@ -66,7 +66,7 @@ def freeze(model: nn.Module, layers: Iterable[int]) -> list[str]:
     wanted = sorted(set(layers))
     missing = [number for number in wanted if not 0 <= number < len(model.model)]
     if missing:
-        raise ConfigError(f"--freeze: there is no layer {missing[0]}, the model has layers 0..{len(model.model) - 1}")
+        raise ConfigError(f"--freeze: there is no layer {missing[-1]}, the model has layers 0..{len(model.model) - 1}")
     prefixes = tuple(f"model.{number}." for number in wanted)
     frozen = []
     for name, parameter in model.named_parameters():

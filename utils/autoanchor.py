@@ -137,8 +137,9 @@ def format_anchors(anchors: np.ndarray) -> str:
 
 def _closeness(label_wh: np.ndarray, anchors: np.ndarray) -> np.ndarray:
     """(n, anchors) in 0..1."""
-    ratio = label_wh[:, None] / anchors.reshape(1, -1, 2)
-    return np.minimum(ratio, 1 / ratio).min(2)
+    with np.errstate(divide="ignore"):  # anchors that hold the place of those to come are 0, as close as nothing
+        ratio = label_wh[:, None] / anchors.reshape(1, -1, 2)
+        return np.minimum(ratio, 1 / ratio).min(2)
 
 
 def _fitness(label_wh: np.ndarray, anchors: np.ndarray, anchor_t: float) -> float:

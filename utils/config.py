@@ -247,6 +247,8 @@ def _dataset_key_hint(key: str, data: dict) -> str:
 
 def read_names(data: YamlFile) -> tuple[dict[int, str], list[str]]:
     raw, notes = data["names"], []
+    if isinstance(raw, str) and "," in raw:
+        raise DataError(f"{data.where('names')}: names: {raw!r} is one name; several are a list: [{raw}]")
     if isinstance(raw, str):
         raw = [raw]
     if isinstance(raw, (list, tuple)):

@@ -113,12 +113,16 @@ def load_yaml(path: str | Path) -> YamlFile:
             raise ConfigError(f"{path}: cannot be read (not a file)")
         if path.stat().st_size > MAX_YAML_BYTES:
             raise ConfigError(f"{path}: larger than {MAX_YAML_BYTES // 1_000_000} MB, not a configuration file")
-        text = path.read_bytes().decode("utf-8", errors="replace")
+        content = path.read_bytes()
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
-    return parse_yaml(text, path)
+    try:
+        return parse_yaml(content.decode("utf-8"), path)
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ConfigError(f"{path}:{line}: not a text file in UTF-8; save it as such") from None
 
 
 def parse_yaml(text: str, path: Path) -> YamlFile:

@@ -216,6 +216,8 @@ def _known_suffixes() -> str:
 
 def _missing(text: str, path: Path) -> str:
     parent = path.parent
+    if path.exists():
+        return f"--source {text}: is neither a file nor a folder"
     if not parent.is_dir():
         return f"--source {text}: no such file or folder (there is no folder {parent} either)"
     siblings = [p.name for p in parent.iterdir()]

@@ -38,7 +38,7 @@ DTYPES = {
 
 def damaged(size: int) -> Refused:
     """What is said of a file whose container is broken."""
-    return Refused(f"is damaged or cut short ({size:,} bytes); use another checkpoint, or start without --resume")
+    return Refused(f"is damaged or cut short ({size:,} bytes); use another checkpoint")
 
 
 class Storage:

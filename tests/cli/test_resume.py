@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ from utils.config import Hyp, TrainConfig
 from utils.dist import World
 from utils.early_stopping import EarlyStopping
 from utils.errors import CheckpointError
-from utils.files import ROOT, load_yaml
+from utils.files import ROOT, dump_yaml, load_yaml
 
 
 @pytest.fixture(scope="module")
@@ -124,3 +126,41 @@ def test_the_flags_of_the_first_start_serve_again(tmp_path: Path, tiny: Path, tr
     assert status == 2 and "--hyp" in err and "cannot change on --resume" in err
     settings = {"resume": str(run), "project": "elsewhere", "name": "first", "exist_ok": True}
     assert resumed_settings(settings, {"project", "name", "exist_ok"})["resume"].endswith("last.pt")
+
+
+def test_two_trainings_do_not_share_a_folder(tmp_path: Path, train_cli) -> None:
+    """Another process holds it, as a first training would; when that ends, nothing is in the way."""
+    assert train_cli()[0] == 0
+    run = tmp_path / "runs" / "exp"
+    before = {path: path.read_bytes() for path in run.glob("**/*") if path.is_file()}
+    code = "import sys; from pathlib import Path; from utils.run_lock import sole_user\n"
+    code += "with sole_user(Path(sys.argv[1])): print(1); input()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": ROOT}
+    with subprocess.Popen([sys.executable, "-uc", code, str(run)], **pipes) as other:
+        assert other.stdout.readline() == "1\n"
+        status, _, err = train_cli(base=["--resume", str(run), "--epochs", "2"], data="")
+        assert status == 2 and err.count("\n") == 1 and f"{run}: another process still writes there" in err
+        assert train_cli("--exist-ok")[0] == 2
+        assert {path: path.read_bytes() for path in before} == before
+        other.kill()
+    assert train_cli(base=["--resume", str(run), "--epochs", "2"], data="")[0] == 0
+
+
+def test_what_is_no_checkpoint_is_not_resumed(tiny: Path, train_cli) -> None:
+    status, _, err = train_cli(base=["--resume", str(tiny)], data="")
+    assert status == 2 and f"--resume {tiny}: is no checkpoint" in err
+
+
+def test_a_data_set_that_has_moved(tmp_path: Path, tiny: Path, train_cli) -> None:
+    here, there = tmp_path / "here.yaml", tmp_path / "there.yaml"
+    here.write_text(dump_yaml({**load_yaml(tiny), "path": str(tiny.parent)}))
+    assert train_cli(data=here)[0] == 0
+    run = tmp_path / "runs" / "exp"
+    status, _, err = train_cli(base=["--resume", str(run), "--epochs", "2"], data=tiny)
+    assert status == 2 and "--data" in err and "cannot change on --resume" in err
+    here.rename(there)
+    status, _, err = train_cli(base=["--resume", str(run), "--epochs", "2"], data="")
+    assert status == 2 and f"its data set {here} is not there any more; say where it is now with --data" in err
+    status, _, err = train_cli(base=["--resume", str(run), "--epochs", "2"], data=there)
+    assert status == 0, err
+    assert load_yaml(run / "opt.yaml")["data"] == str(there)

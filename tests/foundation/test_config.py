@@ -9,7 +9,7 @@ import pytest
 
 from utils.config import DataConfig, Hyp, TrainConfig
 from utils.errors import ConfigError, DataError
-from utils.files import ROOT
+from utils.files import ROOT, load_yaml
 
 
 def write(path: Path, text: str) -> Path:
@@ -119,3 +119,28 @@ def test_an_aliased_yaml_bomb_is_refused_at_once(tmp_path: Path) -> None:
     lines = ["a0: &a0 [x, x]"] + [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12)]
     with pytest.raises(ConfigError, match="aliases"):
         Hyp.load(write(tmp_path / "bomb.yaml", "\n".join(lines)))
+
+
+def test_a_yaml_in_another_encoding_names_its_line(tmp_path: Path) -> None:
+    file = tmp_path / "d.yaml"
+    file.write_bytes(b"train: a\nval: a\nnames: [caf\xe9]\n")
+    with pytest.raises(ConfigError, match=r"d\.yaml:3: not a text file in UTF-8"):
+        load_yaml(file)
+
+
+def test_names_in_one_string_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    file = tmp_path / "d.yaml"
+    file.write_text("train: images\nval: images\nnames: 'a,b'\n")
+    with pytest.raises(DataError, match=r"d\.yaml:3: names: 'a,b' is one name; several are a list: \[a,b\]"):
+        DataConfig.load(file)
+
+
+def test_a_test_split_that_is_not_there_is_named_when_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    file = tmp_path / "d.yaml"
+    file.write_text("train: images\nval: images\ntest: imgaes\nnames: [a]\n")
+    data = DataConfig.load(file)
+    assert data.test == () and "imgaes" in data.missing_test
+    with pytest.raises(DataError, match=r"d\.yaml:3: test: .*imgaes: no such folder or file"):
+        data.split("test")

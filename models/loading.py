@@ -172,7 +172,8 @@ def _check_size(checkpoint: Checkpoint, spec: ModelSpec) -> None:
     held = sum(value.numel() for value in checkpoint.model.values())
     if described > 2 * held + 1_000_000:
         raise CheckpointError(
-            f"{checkpoint.path}: describes a model of {described:,} values but holds {held:,}; it does not fit itself"
+            f"{checkpoint.path}: the model it describes, or the --cfg that is to, has {described:,} values but it "
+            f"holds {held:,}: they do not belong together"
         )
 
 
@@ -212,8 +213,8 @@ def _description(checkpoint: Checkpoint) -> dict:
     description = checkpoint.meta.get("yaml")
     if not isinstance(description, dict):
         raise CheckpointError(
-            f"{checkpoint.path}: holds weights without a model description; add --cfg with its YAML (train.py, or "
-            f"python -m models.convert {checkpoint.path} --cfg model.yaml -o ours.pt)"
+            f"{checkpoint.path}: holds weights without a model description; add --cfg with its YAML (train.py, "
+            f"val.py, detect.py; or python -m models.convert {checkpoint.path} --cfg model.yaml -o ours.pt)"
         )
     return description
 

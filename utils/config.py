@@ -405,6 +405,10 @@ class TrainConfig:
             (self.imgsz >= 32, f"--imgsz {self.imgsz}: at least 32 pixels"),
             (0 <= self.seed < 2**63, f"--seed {self.seed}: a whole number from 0 up, below 2**63"),
             (self.keep >= 0, f"--keep {self.keep}: 0 (all) or more checkpoints of --save-period"),
+            (
+                not (self.keep and self.save_period < 1),
+                f"--keep {self.keep}: of the checkpoints that --save-period N writes; give it as well",
+            ),
             (self.on_nan in ("stop", "rollback"), f"--on-nan {self.on_nan}: choose one of stop, rollback"),
             (
                 not (self.on_nan == "rollback" and self.nosave),

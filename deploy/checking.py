@@ -74,14 +74,12 @@ def detection_difference(expected: Tensor, found: Tensor, conf: float, iou: floa
     suppressed = (non_max_suppression(rows, conf, iou) for rows in (expected.float().cpu(), found.float().cpu()))
     for here, there in zip(*suppressed):
         for own in (row for cls in here[:, 5].unique() for row in here[here[:, 5] == cls][:max_det]):
-            same = there[there[:, 5] == own[5]]
-            apart = (same[:, :4] - own[:4]).abs().amax(-1)
-            side = max(float((own[2:4] - own[:2]).max()), 32.0)
-            if not len(same) or float(apart.min()) > side / 10:
+            partner = _apart(own, there)
+            if partner is None:
                 missing += 1
-                continue
-            values.append((float(apart.min()), float(apart.min()) / side, abs(float(same[apart.argmin(), 4] - own[4]))))
-        invented += sum(not _is_among(row, here) for row in there[there[:, 4] > conf + BARELY])
+            else:
+                values.append(partner)
+        invented += sum(_apart(row, here) is None for row in there[there[:, 4] > conf + BARELY])
     if missing > 0.05 * (missing + len(values)):
         raise ExportError(f"finds {len(values)} of the {missing + len(values)} objects that the model finds")
     if invented > 0.05 * (invented + len(values)):
@@ -89,11 +87,15 @@ def detection_difference(expected: Tensor, found: Tensor, conf: float, iou: floa
     return Difference(*(max(column) for column in zip(*values, (0.0, 0.0, 0.0))), len(values))
 
 
-def _is_among(row: Tensor, others: Tensor) -> bool:
-    """Whether one of ``others`` (n, 6) is the box of ``row``, of its class."""
+def _apart(row: Tensor, others: Tensor) -> tuple[float, float, float] | None:
+    """How far the nearest of ``others`` (n, 6) of the class of ``row`` is from it: pixels, relative to its side, score;
+    None where it is another object."""
     same = others[others[:, 5] == row[5]]
+    apart = (same[:, :4] - row[:4]).abs().amax(-1)
     side = max(float((row[2:4] - row[:2]).max()), 32.0)
-    return bool(len(same)) and float((same[:, :4] - row[:4]).abs().amax(-1).min()) <= side / 10
+    if not len(same) or float(apart.min()) > side / 10:
+        return None
+    return float(apart.min()), float(apart.min()) / side, abs(float(same[apart.argmin(), 4] - row[4]))
 
 
 def refuse_if_far(found: Difference, half: bool) -> None:

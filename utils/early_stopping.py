@@ -25,7 +25,7 @@ class EarlyStopping:
             self.best_fitness, self.best_epoch = float(fitness), epoch
         waited = epoch - self.best_epoch
         self.possible_stop = waited >= self.patience - 1
-        return waited >= self.patience
+        return self.has_ended(epoch + 1)
 
     def has_ended(self, epochs: int) -> bool:
         """Whether a training of so many epochs was, with this patience, at its end."""

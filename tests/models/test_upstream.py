@@ -268,7 +268,7 @@ def test_files_without_a_model_or_a_description(nano: DetectionModel, tmp_path: 
 def test_a_description_cannot_ask_for_all_memory(nano: DetectionModel, tmp_path: Path) -> None:
     for key, value, words in [
         ("width_multiple", 100.0, "parameters|they do not belong together"),
-        ("width_multiple", 4.0, "has .* values but it holds 1,"),
+        ("width_multiple", 4.0, "the model it describes, .* has .* values but it holds 1,"),
         ("depth_multiple", 1e6, "repeats|blocks"),
         ("depth_multiple", 1e308, "repeats|blocks"),
         ("nc", 10**9, "describes a model|parameters"),

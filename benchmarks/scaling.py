@@ -153,7 +153,7 @@ class Batches:
     """Where a case's batches come from."""
 
     def __init__(self, case, args, cfg, data, frame, world, device, folder) -> None:
-        from benchmarks.dcn import made_up_batch
+        from benchmarks.made_up import made_up_batch
 
         self.device, self.held, self.loader = device, [], None
         if not args.data:

@@ -181,6 +181,43 @@ def test_the_common_words_of_danger_are_absent() -> None:
                 assert not any(k.arg == "shell" for k in node.keywords), module
 
 
+def defined_in(path: Path) -> set[str]:
+    """Names a module binds outside functions and classes."""
+    names: set[str] = set()
+    waiting: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
+    while waiting:
+        for node in ast.iter_child_nodes(waiting.pop()):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                names.add(node.name)
+            elif isinstance(node, ast.Import | ast.ImportFrom):
+                names |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
+            else:
+                names |= {node.id} if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) else set()
+                waiting.append(node)
+    return names
+
+
+def test_what_is_imported_is_there() -> None:
+    """Also by imports inside functions, which no test may run: benchmarks and scripts have many."""
+    inner = [*PACKAGES, "benchmarks", "scripts", "tests"]
+    found = set()
+    for path in [*ROOT.glob("*.py"), *(file for package in inner for file in (ROOT / package).rglob("*.py"))]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and not node.level and node.module.split(".")[0] in (*inner, *SCRIPTS):
+                source = ROOT.joinpath(*node.module.split("."))
+                found |= {(path, node.module, alias.name, source) for alias in node.names}
+    names: dict[Path, set[str]] = {}
+    missing = []
+    for path, module, name, source in found:
+        if source not in names:
+            file = source / "__init__.py" if source.is_dir() else source.with_suffix(".py")
+            parts = {part.stem for part in source.iterdir()} if source.is_dir() else set()
+            names[source] = parts | (defined_in(file) if file.is_file() else set())
+        if name not in names[source]:
+            missing.append(f"{path.relative_to(ROOT)}: from {module} import {name}")
+    assert len(found) > 500 and not missing, missing
+
+
 def test_nothing_listed_is_stale() -> None:
     """Modules and exceptions that no longer exist are removed from the lists."""
     edges = {(module, target) for module, path in MODULES.items() for target in imports_of(path)}

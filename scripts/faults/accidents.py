@@ -277,7 +277,7 @@ def nan_always(folder: Path) -> Result:
 @accident("a process of two under torchrun is lost (--max-restarts 3)", "test_which_run_a_torchrun_restart_takes_up")
 def elastic(folder: Path) -> Result:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    launcher += ["--max-restarts", "3", "-m", "scripts.faults.inject", "kill-a-rank:6", "train.py"]
+    launcher += ["--max-restarts", "3", "-m", "scripts.faults.inject", "1@kill:6", "train.py"]
     struck = run([*launcher, *training(folder)], folder)
     runs = sorted(path.name for path in (folder / "runs").iterdir())
     rows = (folder / "runs" / "exp" / "results.csv").read_text().splitlines()[1:]

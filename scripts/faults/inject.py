@@ -21,6 +21,9 @@ import torch
 
 from utils.errors import run_cli
 
+STRUCK = "DCN_FAULT_STRUCK"
+"""Environment variable: a file whose time says when the fault struck."""
+
 
 def kill() -> None:
     """End this process as the kernel's out-of-memory killer would."""
@@ -34,6 +37,8 @@ def at_call(owner: Any, name: str, number: int, action: Callable[..., Any]) -> N
     def wrapper(*args: Any, **options: Any) -> Any:
         calls.append(1)
         if number in (0, len(calls)):
+            if STRUCK in os.environ:
+                Path(os.environ[STRUCK]).touch()
             action(*args, **options)
         return original(*args, **options)
 
@@ -97,16 +102,21 @@ def kill_a_worker(number: str) -> None:
     at_call(importlib.import_module("engine.epoch").Learner, "backward", int(number), action)
 
 
-def kill_a_rank(number: str) -> None:
-    """At the ``number``-th step, the process of rank 1, in torchrun's first start only."""
-    if os.environ.get("RANK") == "1" and os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0":
-        at_call(importlib.import_module("engine.epoch").Learner, "backward", int(number), lambda *_, **__: kill())
+def kill_at_step(number: str) -> None:
+    """At the ``number``-th step, this process."""
+    at_call(importlib.import_module("engine.epoch").Learner, "backward", int(number), lambda *_, **__: kill())
 
 
 def stop(number: str) -> None:
     """At the ``number``-th step the process is stopped, as a debugger or a machine that swaps would."""
     step = importlib.import_module("engine.epoch").Learner
     at_call(step, "backward", int(number), lambda *_, **__: os.kill(os.getpid(), signal.SIGSTOP))
+
+
+def hang_gpu(number: str) -> None:
+    """Before the ``number``-th step, the GPU is given something to do that takes about an hour."""
+    step = importlib.import_module("engine.epoch").Learner
+    at_call(step, "backward", int(number), lambda *_, **__: torch.cuda._sleep(7 * 10**12))
 
 
 def stall(number: str) -> None:
@@ -140,9 +150,11 @@ def no_memory(_: str) -> None:
 
 
 def gpu_memory(_: str) -> None:
-    """The error of CUDA's allocator at the second step."""
+    """More than any GPU has is asked for at the second step; without a GPU, its allocator's error is imitated."""
 
     def action(*_: Any, **__: Any) -> None:
+        if torch.cuda.is_available():
+            torch.empty(2**50, dtype=torch.uint8, device="cuda")
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     at_call(importlib.import_module("engine.epoch").Learner, "backward", 2, action)
@@ -172,8 +184,9 @@ FAULTS: dict[str, Callable[[str], None]] = {
     "kill-before-rename": kill_before_rename,
     "kill-before-last": kill_before_last,
     "kill-a-worker": kill_a_worker,
-    "kill-a-rank": kill_a_rank,
+    "kill": kill_at_step,
     "stop": stop,
+    "hang-gpu": hang_gpu,
     "stall": stall,
     "nan": nan,
     "no-memory": no_memory,

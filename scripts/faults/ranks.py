@@ -1,0 +1,184 @@
+"""Faults in one of the two ranks of a training: what either says, and how soon both have ended.
+
+    python -m scripts.faults.ranks                  # two GPUs, NCCL; all rows at once
+    python -m scripts.faults.ranks --device cpu     # gloo
+    python -m scripts.faults.ranks --only 'stop'    # rows whose names match
+
+The exit status is 1 when a promise was broken: every rank ends within a minute of the fault, those that are not killed
+with one line that names the rank, and what completed epochs left can be opened.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from benchmarks.launch import NO_MULTICAST
+from scripts.faults.inject import STRUCK
+from scripts.faults.runs import Done, blood_cells
+from utils.checkpoint import read_checkpoint
+from utils.files import ROOT
+
+TRAINING = "--cfg yolov5n.yaml --weights= --img 64 --batch 4 --noval --noplots --project runs"
+LONGEST = 300.0
+"""Seconds that a pair of ranks may take from its start."""
+MINUTE = 60.0
+
+
+@dataclass(frozen=True)
+class Struck:
+    """A pair of ranks of which the second had a fault. ``ranks``: what each printed, by rank; under torchrun one, with
+    what all printed. ``seconds`` from the fault to the end of the last (a stopped one apart)."""
+
+    ranks: tuple[Done, ...]
+    seconds: float
+
+
+def strike(folder: Path, fault: str, flags: Sequence[str], torchrun: Sequence[str] | None = None) -> Struck:
+    """Train in two processes in ``folder``, the second with a fault of scripts.faults.inject.
+
+    ``torchrun``: its flags, to start them with; otherwise they have no agent, which would end the other for them.
+    TimeoutError when they do not end.
+    """
+    struck = folder / "struck"
+    script = ["-m", "scripts.faults.inject", f"1@{fault}", "train.py", *flags]
+    env = {**os.environ, **NO_MULTICAST, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", STRUCK: str(struck)}
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    if torchrun is None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+        places = [{**meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+        command = [sys.executable, *script]
+    else:
+        places = [{}]
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        command = [*launcher, *torchrun, *script]
+    processes: list[subprocess.Popen] = []
+    try:
+        for place in places:
+            with (folder / f"{len(processes)}.txt").open("wb") as log:
+                processes.append(subprocess.Popen(command, cwd=folder, env={**env, **place}, stdout=log, stderr=log))
+        processes[0].wait(LONGEST)
+        if fault.startswith("stop"):
+            processes[-1].kill()  # stopped, it cannot end by itself
+        for process in processes:
+            process.wait(MINUTE)
+        seconds = time.time() - struck.stat().st_mtime if struck.exists() else float("nan")
+    except subprocess.TimeoutExpired as error:
+        raise TimeoutError(f"{fault}: the ranks do not end") from error
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    texts = [(folder / f"{number}.txt").read_text(errors="replace") for number in range(len(processes))]
+    return Struck(tuple(Done(p.returncode, text) for p, text in zip(processes, texts, strict=True)), seconds)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A fault, what rank 1 and rank 0 are to say about it (patterns; '' for nothing), and how they are started."""
+
+    name: str
+    fault: str
+    rank1: str
+    rank0: str
+    flags: tuple[str, ...] = ()
+    torchrun: tuple[str, ...] | None = None
+
+
+GONE = r"rank 1 has (ended without a word|given no sign of life)"
+MEMORY = r"(GPU|CPU) memory ran out at batch 4, 64 px"
+LOADER = "a data loading process died"
+STILL = r"rank 1 \(waits for its loader\) has stood still|no rank has moved"
+HANGS = r"rank 1 \(is in a step\) has stood still|no rank has moved for"
+FEW = ("--epochs", "4")
+
+ROWS = (
+    Row("killed", "kill:9", "", GONE),
+    Row("killed, under torchrun", "kill:9", "", "Signal 9", torchrun=()),
+    Row("killed, under torchrun --max-restarts 3", "kill:9", "", "Resuming", FEW, ("--max-restarts", "3")),
+    Row("memory ran out", "gpu-memory", MEMORY, f"rank 1 has ended .{MEMORY}"),
+    Row("a loader process died", "kill-a-worker:9", LOADER, f"rank 1 has ended .{LOADER}", ("--workers", "1")),
+    Row("stopped", "stop:9", "", GONE),
+    Row("its images do not come", "stall:9", STILL, STILL),
+    Row("its GPU hangs", "hang-gpu:9", HANGS, HANGS),
+)
+
+
+def outcome(row: Row, folder: Path, extra: Sequence[str], data: Path) -> tuple[str, list[str]]:
+    """The row of the table, and the promises that were broken."""
+    folder.mkdir()
+    workers = () if "--workers" in row.flags else ("--workers", "0")
+    epochs = () if "--epochs" in row.flags else ("--epochs", "500")
+    flags = ["--data", str(data), *TRAINING.split(), *workers, *epochs, *row.flags, *extra]
+    try:
+        struck = strike(folder, row.fault, flags, row.torchrun)
+    except TimeoutError as error:
+        return f"| {row.name} | | {error} | |", [str(error)]
+    first, last = struck.ranks[0], struck.ranks[-1]
+    goes_on = bool(row.torchrun)
+    broken = []
+    for rank, done, pattern in ((0, first, row.rank0), (1, last, row.rank1)):
+        if pattern and not re.search(pattern, done.text if row.torchrun is not None else done.line("error:")):
+            broken.append(f"rank {rank} does not say {pattern!r} but {done.line()!r}")
+        if pattern and row.torchrun is None and (done.status != 2 or not done.clean):
+            broken.append(f"rank {rank} ended with {done.status} or a traceback")
+    checkpoint = folder / "runs" / "exp" / "weights" / "last.pt"
+    if checkpoint.exists() and not (read_checkpoint(checkpoint).train or goes_on):
+        broken.append("last.pt cannot be resumed")
+    if goes_on != (first.status == 0):
+        broken.append(f"exit status {first.status}")
+    if not struck.seconds < MINUTE and not goes_on:
+        broken.append(f"{struck.seconds:.0f} s")
+    said = [done.line(word) if pattern else "" for done, word, pattern in _said(row, first, last)]
+    cells = (row.name, *(f"`{line[:150]}`" if line else "nothing" for line in said), f"{struck.seconds:.1f}")
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in (*cells, "; ".join(broken) or "held")) + " |", broken
+
+
+def _said(row: Row, first: Done, last: Done) -> list[tuple[Done, str, str]]:
+    word = "error:" if row.torchrun is None else row.rank0
+    return [(last, "error:", row.rank1), (first, word, row.rank0)]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m scripts.faults.ranks", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--device", default="", choices=["", "cpu"], help="cpu: gloo (default: two GPUs)")
+    parser.add_argument("--only", default="", metavar="PATTERN", help="rows whose names match")
+    parser.add_argument("--at-once", type=int, default=0, metavar="N", help="rows that run at the same time (all)")
+    parser.add_argument("--cuda-graphs", default="on", choices=["off", "on"], help="on a GPU")
+    args = parser.parse_args(argv)
+    if args.device != "cpu" and torch.cuda.device_count() < 2:
+        parser.error("two GPUs are needed; --device cpu runs the ranks over gloo")
+    rows = [row for row in ROWS if re.search(args.only, row.name)]
+    if args.device == "cpu":
+        rows = [row for row in rows if not row.fault.startswith("hang-gpu")]
+    extra = ["--device", "cpu"] if args.device == "cpu" else ["--cuda-graphs", args.cuda_graphs]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        data = blood_cells(folder)
+        with ThreadPoolExecutor(args.at_once or len(rows) or 1) as pool:
+            done = list(pool.map(lambda n: outcome(rows[n], folder / str(n), extra, data), range(len(rows))))
+    where = "CPU, gloo" if args.device == "cpu" else f"{torch.cuda.get_device_name()} x 2, graphs {args.cuda_graphs}"
+    print(f"{where}, torch {torch.__version__}\n")
+    print("| fault in rank 1 | rank 1 says | rank 0 says | all ended after, s | promises |\n|---|---|---|---|---|")
+    print("\n".join(line for line, _ in done))
+    return int(any(broken for _, broken in done))
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.exit(main())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import Any
 
@@ -95,11 +96,24 @@ def build_optimizer(
         groups.append({"params": parameters, "role": role, "lr_scale": scale, "lr": lr * scale, "weight_decay": decay})
     # None leaves torch's own choice (foreach on a GPU, plain loops on the CPU)
     fused = all(p.is_cuda and p.is_floating_point() for p in model.parameters()) or None
+    kind = without_compiler(getattr(torch.optim, name))
     if name == "SGD":
-        sgd = torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0, fused=fused)
+        sgd = kind(groups, lr=lr, momentum=momentum, nesterov=momentum > 0, fused=fused)
         return start_momentum_at_zero(sgd) if fused and momentum > 0 else sgd
-    optimizer = torch.optim.Adam if name == "Adam" else torch.optim.AdamW
-    return optimizer(groups, lr=lr, betas=(momentum, 0.999), fused=fused)
+    return kind(groups, lr=lr, betas=(momentum, 0.999), fused=fused)
+
+
+def without_compiler(kind: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
+    """The optimizer, whose use does not import torch's compiler.
+
+    Some methods of torch's import it when they are called, only to tell it to leave them alone: more than a second of
+    a start, for a compiler that never sees an optimizer here.
+    """
+    methods = {
+        name: inspect.unwrap(getattr(kind, name))
+        for name in ("add_param_group", "zero_grad", "state_dict", "load_state_dict")
+    }
+    return type(kind.__name__, (kind,), {**methods, "step": torch.no_grad()(inspect.unwrap(kind.step))})
 
 
 def start_momentum_at_zero(optimizer: torch.optim.SGD) -> torch.optim.SGD:

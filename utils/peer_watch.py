@@ -4,6 +4,7 @@ gloo says that a connection was closed, not whose; NCCL between the GPUs of a ma
 a rank may take cannot be told by a process group's time-out, because rank 0 scans data sets and writes checkpoints
 while the others wait. So each rank tells two things about itself, once a second, in the store that torchrun (or rank
 0) keeps: that its process lives, and how far its main thread has come. The second is judged in loops over batches only.
+That a process of the same machine has ended is seen at once.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import torch.distributed as dist
 
 from utils.dist import World, broadcast, gather
 from utils.errors import ResourceError, UserError, explain_lost_peer, explain_lost_worker, explain_memory_error
+from utils.process_name import has_ended, process_name
 from utils.safe_names import printable
 
 GO_ON = "the checkpoints of completed epochs are whole: go on with --resume"
@@ -37,32 +39,41 @@ GRACE = 3.0
 @dataclass(frozen=True)
 class Sign:
     """What a rank last said. ``moved``: (phase, beats), the same course in every rank; ``state``: working, judged (in a
-    loop over batches), done, ended (``text`` says why), or follows (ended because of another)."""
+    loop over batches), done, ended (``text`` says why), or follows (ended because of another). ``process``: see
+    :func:`utils.process_name.process_name`."""
 
     pulse: int = 0
     moved: tuple[int, int] = (0, 0)
     state: str = "working"
     text: str = ""
+    process: str = ""
+
+    @property
+    def present(self) -> bool:
+        """It should go on giving signs."""
+        return self.state in ("working", "judged")
 
     def dumps(self) -> str:
-        return json.dumps([self.pulse, self.moved, self.state, self.text])
+        return json.dumps([self.pulse, self.moved, self.state, self.text, self.process])
 
     @classmethod
     def loads(cls, text: str | bytes) -> Sign:
-        pulse, moved, state, reason = json.loads(text)
-        return cls(pulse, tuple(moved), state, reason)
+        pulse, moved, state, reason, process = json.loads(text)
+        return cls(pulse, tuple(moved), state, reason, process)
 
 
 @dataclass
 class Seen:
-    """A rank as another sees it: its last sign, and since when (seconds, own clock) its parts are what they are."""
+    """A rank as another sees it: its last sign, and since when (seconds, own clock) its parts are what they are.
+    ``gone``: its process had ended before that sign was read, which is therefore its last word."""
 
     sign: Sign
     pulse_since: float
     moved_since: float
+    gone: bool = False
 
     def update(self, sign: Sign, now: float) -> None:
-        """Take note of what was read at ``now``."""
+        """Take note of what was read at ``now``, after :attr:`gone` was found out."""
         if sign.pulse != self.sign.pulse:
             self.pulse_since = now
         if (sign.moved, sign.state) != (self.sign.moved, self.sign.state):
@@ -77,7 +88,9 @@ def verdict(seen: Mapping[int, Seen], me: int, now: float, patience: float) -> s
             return f"rank {rank} has ended ({peer.sign.text}), and the others cannot go on without it; {GO_ON}"
     for rank, peer in seen.items():
         silent = now - peer.pulse_since
-        if rank != me and peer.sign.state in ("working", "judged") and silent > patience:
+        if peer.gone and peer.sign.present:
+            return _without_a_word(rank)
+        if rank != me and peer.sign.present and silent > patience:
             return (
                 f"rank {rank} has given no sign of life for {silent:.0f} s: its process or its machine has stopped, "
                 f"is gone or cut off; {GO_ON}"
@@ -127,6 +140,7 @@ class PeerWatch:
             return self
         self._store = self._store or _second_connection(max(20.0, self.patience))
         self._key = f"peers/{broadcast(uuid.uuid4().hex, self.world)}"  # an earlier start may have left its signs
+        self._process = process_name()
         self._tell()
         gather(None, self.world)  # from here on everyone's sign can be read without waiting
         now = time.monotonic()
@@ -177,11 +191,13 @@ class PeerWatch:
         self._pulse += 1
         judged = self._state == "working" and self._in_loop and self._all_beats >= UNJUDGED_BEATS
         state = "judged" if judged else self._state
-        sign = Sign(self._pulse, (self._phase, self._beats), state, self._text)
+        sign = Sign(self._pulse, (self._phase, self._beats), state, self._text, self._process)
         self._store.set(f"{self._key}/{self.world.rank}", sign.dumps())
 
     def _look(self) -> None:
         keys = [f"{self._key}/{rank}" for rank in range(self.world.size)]
+        for peer in self._seen.values():
+            peer.gone = peer.gone or has_ended(peer.sign.process)
         now = time.monotonic()
         for rank, text in enumerate(self._store.multi_get(keys)):
             self._seen[rank].update(Sign.loads(text), now)
@@ -221,12 +237,8 @@ class PeerWatch:
             if blame:
                 return blame
             for rank, peer in self._seen.items():
-                if (
-                    rank != self.world.rank
-                    and peer.sign.state in ("working", "judged")
-                    and time.monotonic() - peer.pulse_since > silence
-                ):
-                    return f"rank {rank} has ended without a word (killed, or its machine is gone); {GO_ON}"
+                if rank != self.world.rank and peer.sign.present and time.monotonic() - peer.pulse_since > silence:
+                    return _without_a_word(rank)
             time.sleep(0.2)
         told = [peer.sign.text for peer in self._seen.values() if peer.sign.state == "follows" and peer.sign.text]
         return f"{told[0]}; {GO_ON}" if told else ""
@@ -259,6 +271,10 @@ def _second_connection(timeout: float) -> dist.Store:
     """To the store of the process group; its own connection may be taken by a main thread that waits in it."""
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     return dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=timeout))
+
+
+def _without_a_word(rank: int) -> str:
+    return f"rank {rank} has ended without a word (killed, or its machine is gone); {GO_ON}"
 
 
 def _store_is_gone() -> str:

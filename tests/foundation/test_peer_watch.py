@@ -45,6 +45,16 @@ def test_verdict(ranks: list, blame: str) -> None:
     assert line.startswith(blame) and bool(line) == bool(blame)
 
 
+def test_a_last_word_counts_more_than_that_the_process_has_ended() -> None:
+    ranks = seen(("judged", (2, 5), 1, 2), ("judged", (2, 5), 1, 2))
+    ranks[1].gone = True
+    assert verdict(ranks, 0, 100, 45).startswith("rank 1 has ended without a word (killed, or its machine is gone)")
+    ranks[1].sign = Sign(2, (2, 5), "ended", "disk full")
+    assert verdict(ranks, 0, 100, 45).startswith("rank 1 has ended (disk full)")
+    ranks[1].sign = Sign(2, (2, 5), "done")
+    assert verdict(ranks, 0, 100, 45) == ""
+
+
 class Ranks:
     """Two watches in threads: ``run(body0, body1)`` gives what each said when it gave up, or raised."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from copy import deepcopy
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 from torch import nn
 
 from utils.errors import CheckpointError, ConfigError
+from utils.files import ROOT
 from utils.optim import (
     build_optimizer,
     clip_gradients,
@@ -166,6 +169,42 @@ def test_a_skipped_first_step_leaves_no_garbage_in_the_momentum() -> None:
     finally:
         torch.use_deterministic_algorithms(False)
     assert torch.equal(*seen)
+
+
+WITHOUT_COMPILER = """
+import sys, torch
+from utils.optim import OPTIMIZERS, build_optimizer
+for name in OPTIMIZERS:
+    model = torch.nn.Linear(2, 1)
+    optimizer = build_optimizer(model, name, 0.1, 0.9, 0.0)
+    optimizer.zero_grad()
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    optimizer.load_state_dict(optimizer.state_dict())
+assert "torch._dynamo" not in sys.modules
+"""
+
+
+def test_no_optimizer_imports_the_compiler() -> None:
+    done = subprocess.run([sys.executable, "-c", WITHOUT_COMPILER], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW"])
+def test_steps_are_those_of_torch(name: str) -> None:
+    model = plain()
+    other = deepcopy(model)
+    optimizer = build_optimizer(model, name, 0.1, 0.9, 0.0)
+    options = {"momentum": 0.9, "nesterov": True} if name == "SGD" else {"betas": (0.9, 0.999)}
+    torchs = getattr(torch.optim, name)(other.parameters(), lr=0.1, weight_decay=0.0, **options)
+    for seed in range(3):
+        x = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(seed))
+        train_a_step(model, optimizer, x)
+        train_a_step(other, torchs, x)
+    assert type(optimizer).__name__ == name and isinstance(optimizer, getattr(torch.optim, name))
+    assert not any(p.requires_grad for state in optimizer.state.values() for p in state.values() if torch.is_tensor(p))
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_a_restored_momentum_goes_on_and_a_missing_one_is_zero() -> None:

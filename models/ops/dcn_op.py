@@ -22,8 +22,7 @@ from models.ops.geometry import Geometry
 from models.ops.layout import channel_sums, empty_map
 
 
-@torch.library.custom_op("dcn::forward", mutates_args=())
-def forward(
+def _forward(
     x: Tensor,
     raw: Tensor,
     weight: Tensor,
@@ -46,13 +45,11 @@ def forward(
     return dcn_launch.forward(x, raw, weight, bias, geometry, silu)
 
 
-@forward.register_fake
-def _(x, raw, weight, bias, stride, padding, dilation, offset_groups, logits, native, silu):
+def _fake_forward(x, raw, weight, bias, stride, padding, dilation, offset_groups, logits, native, silu):
     return empty_map(x, (x.shape[0], weight.shape[0], *raw.shape[2:]))
 
 
-@torch.library.custom_op("dcn::backward", mutates_args=())
-def backward(
+def _backward(
     grad: Tensor,
     x: Tensor,
     raw: Tensor,
@@ -96,8 +93,7 @@ def _first(native: Callable | None, triton: Callable):
     return triton()
 
 
-@backward.register_fake
-def _(
+def _fake_backward(
     grad, x, raw, weight, stride, padding, dilation, offset_groups, logits, native,
     need_x, need_raw, need_weight, need_bias, deterministic,
 ):  # fmt: skip
@@ -133,4 +129,21 @@ def _gradients(ctx, grad):
     )
 
 
-forward.register_autograd(_gradients, setup_context=_save)
+def _no_second_derivative(ctx, *grads):
+    raise RuntimeError("the deformable convolution has no second derivative: dcn::backward has no gradient of its own")
+
+
+def _operator(name: str, kernel: Callable, fake: Callable) -> torch._ops.OpOverload:
+    """``dcn::name`` for all devices, as ``torch.library.custom_op`` would make it, but for what that does in each call:
+    it imports torch's compiler at the first, three seconds of a start, and compares all inputs with all outputs."""
+    schema = torch.library.infer_schema(kernel, mutates_args=())
+    torch.library.define(f"dcn::{name}", schema, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.impl(f"dcn::{name}", "default", kernel)
+    torch.library.register_fake(f"dcn::{name}", fake)
+    return getattr(torch.ops.dcn, name).default
+
+
+forward = _operator("forward", _forward, _fake_forward)
+backward = _operator("backward", _backward, _fake_backward)
+torch.library.register_autograd("dcn::forward", _gradients, setup_context=_save)
+torch.library.register_autograd("dcn::backward", _no_second_derivative)

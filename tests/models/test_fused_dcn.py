@@ -355,8 +355,26 @@ def test_second_derivative_is_refused(device: str) -> None:
     (x, raw, weight, bias), geometry = raw_inputs(device)
     y = deform_conv2d_raw(x, raw, weight, bias, *geometry, backend="triton")
     (g,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="backward"):
+    with pytest.raises(RuntimeError, match="deformable convolution has no second derivative"):
         g.sum().backward()
+
+
+WITHOUT_COMPILER = """
+import sys, torch
+from models.ops.deform_conv import deform_conv2d_raw
+device, backend = sys.argv[1:]
+x, raw = (torch.randn(1, n, 4, 4, device=device, requires_grad=True) for n in (16, 27))
+weight = torch.randn(16, 16, 3, 3, device=device, requires_grad=True)
+deform_conv2d_raw(x, raw, weight, None, (1, 1), (1, 1), (1, 1), backend=backend).sum().backward()
+assert x.grad.abs().sum() > 0 and "torch._dynamo" not in sys.modules
+"""
+
+
+def test_the_operators_do_not_import_the_compiler(device: str) -> None:
+    env = {**os.environ, "TRITON_INTERPRET": "0" if device == "cuda" else "1"}
+    command = [sys.executable, "-c", WITHOUT_COMPILER, device, "triton"]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("needed", [(0,), (1,), (2,), (3,), (1, 2)])

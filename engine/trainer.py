@@ -103,7 +103,7 @@ def _train(
     train_set.set_batch_size(frame.rank_batch)
     loader, val_loader = build_loaders(cfg, train_set, val_set, frame, world, device)
     if not (cfg.resume or cfg.image_weights):  # which begin elsewhere in the data
-        loader.begin()  # beside what follows: torch's optimizers import its compiler, which takes seconds
+        loader.begin()  # its processes start beside what follows
     if not (cfg.noautoanchor or cfg.resume):
         if world.main:
             fit_anchors(model, train_set, hyp, frame, cfg)

@@ -150,11 +150,11 @@ def no_memory(_: str) -> None:
 
 
 def gpu_memory(_: str) -> None:
-    """More than any GPU has is asked for at the second step; without a GPU, its allocator's error is imitated."""
+    """More than any GPU has is asked for at the second step; on a CPU, the error of CUDA's allocator is imitated."""
 
-    def action(*_: Any, **__: Any) -> None:
-        if torch.cuda.is_available():
-            torch.empty(2**50, dtype=torch.uint8, device="cuda")
+    def action(learner: Any, *_: Any, **__: Any) -> None:
+        if learner.device.type == "cuda":
+            torch.empty(2**50, dtype=torch.uint8, device=learner.device)
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     at_call(importlib.import_module("engine.epoch").Learner, "backward", 2, action)

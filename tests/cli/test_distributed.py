@@ -5,16 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from tests.cli.ddp_worker import accumulated, one_step, validated
-from utils.checkpoint import read_checkpoint
 from utils.dist import World
 from utils.errors import explain_lost_peer
 from utils.files import ROOT
@@ -60,36 +57,6 @@ def test_two_ranks_do_what_one_process_does(tmp_path: Path, tiny: Path, pictures
     assert len((run / "results.csv").read_text().splitlines()) == 2
     assert done.stdout.count("Starting training for 1 epochs") == 1
     assert done.stdout.count("Validating ") == 1
-
-
-def test_a_rank_that_is_killed_ends_the_others_with_one_line(tmp_path: Path, tiny: Path) -> None:
-    """Without torchrun's agent, which would terminate them anyway. What the completed epochs left can be opened."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    flags = f"--data {tiny} --cfg yolov5n.yaml --weights= --img 64 --batch 4 --epochs 500 --workers 0 --device cpu"
-    command = [sys.executable, str(ROOT / "train.py"), *flags.split(), "--noval", "--noplots", "--project", "runs"]
-    ranks = []
-    for rank in range(2):
-        where = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_PORT": port}
-        env = {**os.environ, **where, "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
-        with (tmp_path / f"{rank}.txt").open("w") as log:
-            ranks.append(subprocess.Popen(command, cwd=tmp_path, env=env, stdout=log, stderr=log))
-    last = tmp_path / "runs" / "exp" / "weights" / "last.pt"
-    try:
-        deadline = time.monotonic() + 120
-        while not last.is_file() and time.monotonic() < deadline:
-            time.sleep(0.05)
-        ranks[1].kill()
-        assert ranks[0].wait(60) == 2
-    finally:
-        for process in ranks:
-            process.kill()
-            process.wait()
-    lines = (tmp_path / "0.txt").read_text().splitlines()
-    assert lines[-1].startswith("rank 0: error: rank 1 has ended without a word (killed, or its machine is gone); ")
-    assert lines[-1].endswith("go on with --resume") and not any("Traceback" in line for line in lines)
-    assert read_checkpoint(last).train
 
 
 def test_only_errors_of_the_connection_are_taken_for_a_lost_peer(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,49 +2,22 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from scripts.faults.ranks import TRAINING, Struck, strike
 from utils.checkpoint import read_checkpoint
-from utils.files import ROOT
-
-TRAINING = "--cfg yolov5n.yaml --weights= --img 64 --batch 4 --epochs 500 --device cpu --noval --noplots --project runs"
 
 
 @pytest.fixture
-def two_ranks(tmp_path: Path, tiny: Path) -> Callable[..., list[tuple[int, str]]]:
-    """Train in two processes, the second with a fault, without torchrun's agent, which would end the other for them.
-    For each rank: exit status, and what it printed."""
+def two_ranks(tmp_path: Path, tiny: Path) -> Callable[..., Struck]:
+    """Train in two processes, the second with a fault, without torchrun's agent, which would end the other for them."""
 
-    def call(fault: str, *flags: str) -> list[tuple[int, str]]:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            where = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-        command = [sys.executable, "-m", "scripts.faults.inject", f"1@{fault}", "train.py", "--data", str(tiny)]
-        command += [*TRAINING.split(), *flags]
-        ranks = []
-        for rank in range(2):
-            own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-            env = {**os.environ, **where, **own}
-            with (tmp_path / f"{rank}.txt").open("w") as log:
-                ranks.append(subprocess.Popen(command, cwd=tmp_path, env=env, stdout=log, stderr=log))
-        try:
-            first = ranks[0].wait(90)
-            if fault.startswith("stop"):
-                ranks[1].kill()
-            statuses = first, ranks[1].wait(60)
-        finally:
-            for process in ranks:
-                process.kill()
-                process.wait()
-        return [(status, (tmp_path / f"{rank}.txt").read_text()) for rank, status in enumerate(statuses)]
+    def call(fault: str, *flags: str) -> Struck:
+        common = ["--data", str(tiny), *TRAINING.split(), "--epochs", "500", "--device", "cpu"]
+        return strike(tmp_path, fault, [*common, *flags])
 
     return call
 
@@ -54,20 +27,31 @@ def last_line(text: str) -> str:
     return text.splitlines()[-1]
 
 
+def test_a_rank_that_is_killed_is_named(two_ranks, tmp_path: Path) -> None:
+    """What the completed epochs left can be opened."""
+    struck = two_ranks("kill:9", "--workers", "0")
+    assert struck.ranks[0].status == 2 and struck.seconds < 30
+    line = last_line(struck.ranks[0].text)
+    assert line.startswith("rank 0: error: rank 1 has ended without a word (killed, or its machine is gone); ")
+    assert line.endswith("go on with --resume")
+    assert read_checkpoint(tmp_path / "runs" / "exp" / "weights" / "last.pt").train
+
+
 def test_out_of_memory_in_one_rank_is_told_by_both(two_ranks) -> None:
-    (status, text), (status1, text1) = two_ranks("gpu-memory", "--workers", "0")
-    assert (status, status1) == (2, 2)
-    assert last_line(text1).startswith("rank 1: error: CPU memory ran out at batch 4, 64 px; use --batch-size 2")
-    assert last_line(text).startswith("rank 0: error: rank 1 has ended (CPU memory ran out at batch 4, 64 px; use ")
-    assert last_line(text).endswith("go on with --resume")
+    first, second = two_ranks("gpu-memory", "--workers", "0").ranks
+    assert (first.status, second.status) == (2, 2)
+    assert last_line(second.text).startswith("rank 1: error: CPU memory ran out at batch 4, 64 px; use --batch-size 2")
+    line = last_line(first.text)
+    assert line.startswith("rank 0: error: rank 1 has ended (CPU memory ran out at batch 4, 64 px; use ")
+    assert line.endswith("go on with --resume")
 
 
 @pytest.mark.processes
 def test_a_loader_that_dies_in_one_rank_is_told_by_both(two_ranks) -> None:
-    (status, text), (status1, text1) = two_ranks("kill-a-worker:3", "--workers", "1")
-    assert (status, status1) == (2, 2)
-    assert "rank 1: error: a data loading process died" in last_line(text1)
-    assert "rank 0: error: rank 1 has ended (a data loading process died" in last_line(text)
+    first, second = two_ranks("kill-a-worker:3", "--workers", "1").ranks
+    assert (first.status, second.status) == (2, 2)
+    assert "rank 1: error: a data loading process died" in last_line(second.text)
+    assert "rank 0: error: rank 1 has ended (a data loading process died" in last_line(first.text)
 
 
 @pytest.mark.processes
@@ -79,10 +63,10 @@ def test_a_loader_that_dies_in_one_rank_is_told_by_both(two_ranks) -> None:
     ],
 )
 def test_a_rank_that_hangs_is_given_up(two_ranks, tmp_path: Path, fault: str, line: str) -> None:
-    start = time.monotonic()
-    (status, text), (_, text1) = two_ranks(f"{fault}:9", "--workers", "0", "--ddp-timeout", "4")
-    assert status == 2 and time.monotonic() - start < 60
+    struck = two_ranks(f"{fault}:9", "--workers", "0", "--ddp-timeout", "4")
+    first, second = struck.ranks
+    assert first.status == 2 and struck.seconds < 60
     # rank 1 may have come to the same conclusion a moment before and said so
-    assert last_line(text).startswith("rank 0: error: rank 1 ") and line in last_line(text)
-    assert fault == "stop" or last_line(text1).startswith("rank 1: error: rank 1 (waits for its loader) has")
+    assert last_line(first.text).startswith("rank 0: error: rank 1 ") and line in last_line(first.text)
+    assert fault == "stop" or last_line(second.text).startswith("rank 1: error: rank 1 (waits for its loader) has")
     assert read_checkpoint(tmp_path / "runs" / "exp" / "weights" / "last.pt").train

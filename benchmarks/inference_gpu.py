@@ -1,17 +1,23 @@
 """val.py and detect.py on a GPU as a user runs them: milliseconds an image, models replayed as CUDA graphs and not.
 
     python -m benchmarks.inference_gpu --data bccd.yaml --weights yolov5s=best.pt --repeats 3
+    python -m benchmarks.inference_gpu --data bccd.yaml --weights yolov5s=best.pt --one-process    # as upstream's were
 
 Whole runs in processes of their own on --images pictures (those of the split, listed again), half precision. "an
 image" is what more pictures cost: the difference of a run on all of them and one on a quarter of them, over the
 difference of their numbers; the whole run, start included, is beside it. Upstream on an H100 (1640 images for val, 72
 for detect in its second run in a process, yolov5s): 8.0 and 5.9 for val, its start included, 21.9 for detect with
 pictures and 11.7 without. The limit is the forward pass alone, replayed.
+
+--one-process: upstream's figures are of runs inside one process, without the start of Python and torch. So are these:
+all repeats in one process, the first one beside the others.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
+import json
 import re
 import statistics
 import subprocess
@@ -48,38 +54,76 @@ def many_images(data: DataConfig, count: int, folder: Path) -> Path:
     return yaml
 
 
-def seconds(what: str, weights: str, yaml: Path, graphs: str, device: str) -> tuple[float, str]:
-    """Wall seconds of a whole run, and what it printed of mAP or speed."""
+def flags_of(what: str, weights: str, yaml: Path, graphs: str, device: str, folder: str) -> list[str]:
+    """The script and its flags."""
     script, *flags = what.split()
     source = ["--data", str(yaml)] if script == "val" else ["--source", str(yaml.parent / "images")]
     half = ["--half"] if device != "cpu" else []
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, f"{script}.py", "--weights", weights, "--cuda-graphs", graphs, "--project", folder]
-        start = time.perf_counter()
-        done = subprocess.run(
-            [*command, *source, *flags, *half, "--device", device],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        took = time.perf_counter() - start
+    common = ["--weights", weights, "--cuda-graphs", graphs, "--project", folder, "--device", device]
+    return [script, *common, *source, *flags, *half]
+
+
+def run(command: Sequence[str]) -> str:
+    """What a process printed; SystemExit with its last words when it failed."""
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(done.stderr[-2000:].rstrip())
-    table_row = re.search(r"^\s+all\s.*$", done.stdout, re.MULTILINE)
-    speed = re.search(r"Speed: (.*) per image", done.stdout)
+    return done.stdout
+
+
+def seconds(what: str, weights: str, yaml: Path, graphs: str, device: str) -> tuple[float, str]:
+    """Wall seconds of a whole run, and what it printed of mAP or speed."""
+    with tempfile.TemporaryDirectory() as folder:
+        script, *flags = flags_of(what, weights, yaml, graphs, device, folder)
+        start = time.perf_counter()
+        printed = run([f"{script}.py", *flags])
+        took = time.perf_counter() - start
+    table_row = re.search(r"^\s+all\s.*$", printed, re.MULTILINE)
+    speed = re.search(r"Speed: (.*) per image", printed)
     told = f"{table_row.group().split()[-1] if table_row else '-'}; {speed.group(1) if speed else ''}"
     print(f"{what}, graphs {graphs}, {yaml.parent.name} images: {took:.2f} s; {told}", file=sys.stderr, flush=True)
     return took, told
 
 
+def inside(times: int, script: str, flags: Sequence[str]) -> None:
+    """Run a script so often in this process, and print the seconds of each run as the last line."""
+    took = []
+    for _ in range(times):
+        start = time.perf_counter()
+        if status := run_cli(importlib.import_module(script).main, flags):
+            sys.exit(status)
+        took.append(time.perf_counter() - start)
+    print(json.dumps(took))
+
+
+def one_process(args: argparse.Namespace, yamls: dict[int, Path]) -> list[list]:
+    """Rows of the table of --one-process."""
+    rows = []
+    for item in args.weights:
+        name, file = item.split("=", 1)
+        for what in args.runs:
+            for count, yaml in yamls.items():
+                with tempfile.TemporaryDirectory() as folder:
+                    flags = flags_of(what, str(Path(file).resolve()), yaml, "auto", args.device, folder)
+                    printed = run(["-m", "benchmarks.inference_gpu", "--inside", str(args.repeats + 1), *flags])
+                first, *later = (1000 * s / count for s in json.loads(printed.splitlines()[-1]))
+                middle = statistics.median(later)
+                spread = f"{min(later):.2f} to {max(later):.2f}"
+                rows.append([name, what, count, first, middle, spread, UPSTREAM[what], UPSTREAM[what] / middle])
+                print(*rows[-1], file=sys.stderr, flush=True)
+    return rows
+
+
 def main(argv: Sequence[str]) -> None:
+    if argv[:1] == ["--inside"]:
+        return inside(int(argv[1]), argv[2], argv[3:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="bccd.yaml")
     parser.add_argument("--weights", nargs="+", required=True, metavar="NAME=FILE")
     parser.add_argument("--images", type=int, default=1640)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--runs", nargs="+", choices=list(UPSTREAM), default=list(UPSTREAM), help="default: all")
+    parser.add_argument("--one-process", action="store_true", help="whole runs in one process, as upstream's were")
     parser.add_argument("--device", default="")
     args = parser.parse_args(argv)
     if wrong := [item for item in args.weights if not item.partition("=")[2]]:
@@ -87,10 +131,15 @@ def main(argv: Sequence[str]) -> None:
     if args.images < 2 or args.repeats < 1:
         parser.error(f"--images {args.images}, --repeats {args.repeats}: at least 2 and 1")
     device, data = select_device(args.device), DataConfig.load(args.data)
-    few = max(args.images // 4, 1)
+    few = min(72, args.images - 1) if args.one_process else max(args.images // 4, 1)
     rows, said = [], []
     with tempfile.TemporaryDirectory() as folder:
         yamls = {count: many_images(data, count, Path(folder) / str(count)) for count in (few, args.images)}
+        if args.one_process:
+            rows = one_process(args, yamls)
+            print(heading(f"{describe_device(device)}; {cpu_name()}"))
+            names = ["model", "run", "images", "first run, ms an image", "later runs", "spread", "upstream", "ratio"]
+            return print(table(names, rows))
         for item in args.weights:
             name, file = item.split("=", 1)
             file = str(Path(file).resolve())

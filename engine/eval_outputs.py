@@ -58,24 +58,20 @@ class CocoCollector:
     def __init__(self, names: Mapping[int, str], categories: Sequence[int]) -> None:
         self.names, self.categories = names, categories
         self._results: list[ImageResult] = []
-        self._entries: list[dict[str, Any]] | None = None
 
     def __call__(self, batch: Batch, detections: Sequence[Tensor], results: Sequence[ImageResult]) -> None:
         self._results += results
 
-    @property
-    def entries(self) -> list[dict[str, Any]]:
-        """The detections as entries of a COCO result file."""
-        if self._entries is None:
-            ids = coco.image_ids([r.path for r in self._results])
-            rows = (coco.detections_to_coco(i, r.detections, self.categories) for i, r in zip(ids, self._results))
-            with collection_paused():  # none of a million entries is garbage
-                self._entries = [entry for image in rows for entry in image]
-        return self._entries
+    def entries(self, kept: Callable[[Any], Any] = lambda detections: detections) -> list[dict[str, Any]]:
+        """The detections, or what ``kept`` leaves of an image's, as entries of a COCO result file."""
+        ids = coco.image_ids([r.path for r in self._results])
+        rows = (coco.detections_to_coco(i, kept(r.detections), self.categories) for i, r in zip(ids, self._results))
+        with collection_paused():  # none of a million entries is garbage
+            return [entry for image in rows for entry in image]
 
     def save(self, file: Path) -> None:
         """Write the result file, one detection a line."""
-        atomic_write(file, "[" + ",\n".join(json.dumps(entry) for entry in self.entries) + "]\n")
+        atomic_write(file, "[" + ",\n".join(json.dumps(entry) for entry in self.entries()) + "]\n")
 
     def stats(self, annotations: Path | None = None) -> dict[str, float]:
         """COCO's numbers, against this annotation file, or against the labels seen during the evaluation."""
@@ -85,7 +81,7 @@ class CocoCollector:
             truth = coco.ground_truth(ids, sizes, labels, self.names, self.categories)
         else:
             truth = coco.load_annotations(annotations)
-        return coco.evaluate_coco(truth, self.entries)
+        return coco.evaluate_coco(truth, self.entries(coco.most_confident))
 
 
 class BatchPictures:

@@ -24,6 +24,8 @@ COCO_CATEGORY_IDS = tuple(number for number in range(1, 91) if number not in _CO
 
 MAX_JSON_BYTES = 1_000_000_000  # COCO's own, with all outlines, is 20 MB for val and 450 MB for train
 
+MAX_DETECTIONS = 100  # of an image and class, the most that COCO's evaluation takes
+
 STATS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
 STATS += ("AR1", "AR10", "AR100", "AR_small", "AR_medium", "AR_large")
 
@@ -55,6 +57,21 @@ def detections_to_coco(image_id: int | str, detections: np.ndarray, categories: 
         {"image_id": image_id, "category_id": categories[cls], "bbox": box, "score": score}
         for box, score, cls in zip(boxes, scores, classes)
     ]
+
+
+def most_confident(detections: np.ndarray, per_class: int = MAX_DETECTIONS) -> np.ndarray:
+    """The rows of ``detections`` (n, 6), see :func:`detections_to_coco`, that COCO's evaluation looks at: of an image
+    the ``per_class`` best of each class by the scores as they are written. In their order, which decides among equals.
+    """
+    detections = np.asarray(detections).reshape(-1, 6)
+    classes = detections[:, 5].astype(int)
+    if not len(classes) or np.bincount(classes).max() <= per_class:
+        return detections
+    best = np.argsort(-detections[:, 4].astype(np.float64).round(5), kind="stable")
+    by_class = best[np.argsort(classes[best], kind="stable")]
+    counts = np.bincount(classes)
+    rank = np.arange(len(classes)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return detections[np.sort(by_class[rank < per_class])]
 
 
 def ground_truth(

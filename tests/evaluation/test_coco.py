@@ -84,3 +84,26 @@ def test_foreign_annotation_file_is_one_line(tmp_path, text):
     file.write_text(text)
     with pytest.raises(DataError, match="not a COCO annotation file"):
         coco.load_annotations(file)
+
+
+def test_what_the_evaluation_does_not_look_at_may_be_left_out():
+    """300 crowded detections an image, many of the same score once rounded: the same numbers, to the last bit."""
+    rng = np.random.default_rng(0)
+    labels, found = [], []
+    for _ in range(8):
+        corners = rng.uniform(0, 200, (12, 2))
+        boxes = np.concatenate((corners, corners + rng.uniform(20, 60, (12, 2))), 1)
+        labels.append(np.concatenate((rng.integers(0, 2, (12, 1)), boxes), 1))
+        scores = rng.integers(0, 12, (300, 1)) / 12 + rng.uniform(-2e-6, 2e-6, (300, 1))
+        moved = boxes[rng.integers(0, 12, 300)] + rng.normal(0, 5, (300, 4))
+        found.append(np.concatenate((moved, scores, rng.choice(2, (300, 1), p=[0.8, 0.2])), 1))
+    names, ids = {0: "a", 1: "b"}, list(range(8))
+    truth = coco.ground_truth(ids, [(260, 260)] * 8, labels, names, (0, 1))
+    whole = [entry for i, rows in zip(ids, found) for entry in coco.detections_to_coco(i, rows, (0, 1))]
+    kept = [coco.most_confident(rows) for rows in found]
+    fewer = [entry for i, rows in zip(ids, kept) for entry in coco.detections_to_coco(i, rows, (0, 1))]
+    assert len(fewer) < 0.7 * len(whole) and all((rows[:, 5] == 0).sum() == 100 for rows in kept)
+    expected = coco.evaluate_coco(truth, whole)
+    assert coco.evaluate_coco(truth, fewer) == expected and expected["AP"] > 0.1
+    assert np.array_equal(coco.most_confident(found[0][:100]), found[0][:100])
+    assert coco.most_confident(np.empty((0, 6))).shape == (0, 6)

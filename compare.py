@@ -100,12 +100,14 @@ def main(argv: Sequence[str]) -> int:
             folder, plan = Folder(path), grown(read_plan(path), args, path)
 
     from comparison.checks import check_all
-    from utils.console import setup_console
+    from utils.console import LOGGER, setup_console
     from utils.device import select_device
 
     devices = tuple(device.strip() for device in args.device.split(","))
     setup_console()
     device = [select_device(device) for device in devices][0]
+    if len(plan.cfg) == 1:
+        LOGGER.warning(f"--cfg: {plan.models[0]} is alone; --resume --cfg OTHER.yaml adds a model to compare")
     checked = check_all(plan, device)
     with folder or open_folder(args.project, args.name, args.exist_ok) as folder:
         begin(folder, plan)

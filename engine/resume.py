@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,11 @@ def find_last_checkpoint(request: str, below: Path = Path(".")) -> Path:
         raise CheckpointError(f"--resume {request}: is no checkpoint (expected a run's folder or its weights/last.pt)")
     if path.is_dir():
         path = path / "weights" / "last.pt"
+    if re.fullmatch(r"best|epoch\d+", path.stem) and (path.parent / "last.pt").is_file():
+        raise CheckpointError(
+            f"--resume {request}: holds weights only; go on from {path.parent / 'last.pt'}, or start anew with "
+            f"--weights {request}"
+        )
     if not path.is_file() and not _can_start_again(path):
         raise CheckpointError(f"--resume {request}: no such checkpoint (expected a run's weights/last.pt)")
     return path

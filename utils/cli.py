@@ -36,6 +36,10 @@ ABSENT = {
 }
 
 
+LARGEST_SIDE = 16384
+"""OpenCV's warps end at twice that; a picture of this side is 3 GB to a network."""
+
+
 class Parser(argparse.ArgumentParser):
     """ArgumentParser that answers a wrong flag with one line, the nearest flag and exit status 2."""
 
@@ -87,9 +91,19 @@ def add_run_flags(parser: argparse.ArgumentParser, project: str) -> None:
 def image_size_flag(parser: Any, default: int = 640, nargs: str | None = None) -> None:
     """--imgsz with its two other names; pixels of the longer side."""
     parser.add_argument(
-        "--imgsz", "--img", "--img-size", type=int, default=default if nargs is None else [default], nargs=nargs,
+        "--imgsz", "--img", "--img-size", type=_side, default=default if nargs is None else [default], nargs=nargs,
         metavar="PIXELS", help=f"network input size, a multiple of 32 (default: {default})",
     )  # fmt: skip
+
+
+def _side(text: str) -> int:
+    try:
+        pixels = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"invalid int value: {text!r}") from None
+    if pixels > LARGEST_SIDE:
+        raise argparse.ArgumentTypeError(f"{text}: at most {LARGEST_SIDE} pixels")
+    return pixels
 
 
 def add_dcn_backend_flag(group: Any) -> None:
@@ -150,6 +164,8 @@ def check_detection_flags(args: argparse.Namespace) -> None:
 def check_weights(weights: str) -> None:
     """Raise CheckpointError, saying how to get some, when the file does not exist. Nothing is downloaded."""
     path = Path(weights)
+    if path.is_file() and path.suffix != ".pt" and path.parent.name.endswith(EXPORTED_MODELS):
+        raise CheckpointError(f"--weights {weights}: is a part of an exported model; give its folder, {path.parent}")
     if path.is_file() or (path.is_dir() and path.name.endswith(EXPORTED_MODELS)):
         return
     if path.is_dir() and weights:

@@ -106,6 +106,13 @@ def test_class_names_must_be_texts(tiny: Path, train_cli, names: str, hint: str)
 def test_a_folder_is_no_weights_file(tmp_path: Path, train_cli) -> None:
     status, _, err = train_cli("--weights", str(tmp_path))
     assert status == 2 and "is a folder" in err
+    part = tmp_path / "best_openvino_model" / "best.xml"
+    part.parent.mkdir()
+    part.write_text("<net/>")
+    status, _, err = train_cli("--weights", str(part))
+    assert status == 2 and err == (
+        f"error: --weights {part}: is a part of an exported model; give its folder, {part.parent}\n"
+    )
 
 
 def test_unknown_model_yaml_names_the_flag_and_the_nearest(train_cli) -> None:

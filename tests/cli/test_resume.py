@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from engine.parts import Frame, build_learner
-from engine.resume import resumed_settings
+from engine.resume import find_last_checkpoint, resumed_settings
 from engine.state import Progress, describe_run, restore, save_last
 from models.yolo import DetectionModel
 from utils.checkpoint import read_checkpoint, save_checkpoint
@@ -144,6 +144,15 @@ def test_two_trainings_do_not_share_a_folder(tmp_path: Path, train_cli) -> None:
         assert {path: path.read_bytes() for path in before} == before
         other.kill()
     assert train_cli(base=["--resume", str(run), "--epochs", "2"], data="")[0] == 0
+
+
+@pytest.mark.parametrize("name", ["best.pt", "epoch12.pt"])
+def test_weights_only_files_point_to_last(tmp_path: Path, name: str) -> None:
+    for file in (name, "last.pt"):
+        (tmp_path / file).touch()
+    with pytest.raises(CheckpointError, match=f"{name}: holds weights only; go on from .*last.pt, or start anew with"):
+        find_last_checkpoint(str(tmp_path / name))
+    assert find_last_checkpoint(str(tmp_path / "last.pt")) == tmp_path / "last.pt"
 
 
 def test_what_is_no_checkpoint_is_not_resumed(tiny: Path, train_cli) -> None:

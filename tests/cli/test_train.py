@@ -195,6 +195,7 @@ WRONG_FLAGS = {
     "absent flag": (["--evolve"], "--evolve: hyper-parameter evolution is not offered"),
     "epochs": (["--epochs", "0"], "--epochs 0: at least 1"),
     "batch": (["--batch", "0"], "--batch-size 0"),
+    "huge": (["--img", "100000"], "100000: at most 16384 pixels"),
     "device": (["--device", "7"], "--device 7: there are"),
     "device word": (["--device", "gpu"], "--device gpu: expected cpu"),
     "freeze": (["--freeze", "99"], "the model has layers 0..24"),

@@ -75,6 +75,17 @@ def test_a_comparison_and_one_more_seed(tmp_path: Path, tiny: Path, compare_cli,
     assert status == 2 and f"--epochs 2: {folder} was begun with 1" in err
 
 
+def test_a_model_that_is_alone_is_told_of(tiny: Path, compare_cli, monkeypatch) -> None:
+    monkeypatch.setattr("compare.conduct", lambda *_: 0)
+    for models, said in (
+        (["yolov5n.yaml"], "--cfg: yolov5n is alone; --resume --cfg OTHER.yaml adds"),
+        (MODELS[1:], ""),
+    ):
+        runs = ["--project", str(tiny.parents[1] / "runs")]
+        status, out, err = compare_cli("--data", str(tiny), "--cfg", *models, "--img", "64", *runs)
+        assert status == 0 and ("is alone" in out + err) == bool(said) and said in out + err
+
+
 def test_models_that_start_unlike_are_told() -> None:
     """A checkpoint of one of the models gives the others less than that one."""
     own = LoadReport("dcn.pt", 348, 349, ["model.24.anchors"], [])

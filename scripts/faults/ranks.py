@@ -99,8 +99,18 @@ class Row:
     flags: tuple[str, ...] = ()
     torchrun: tuple[str, ...] | None = None
 
+    @property
+    def agent(self) -> bool:
+        """torchrun starts the ranks, and its output is all there is to read."""
+        return self.torchrun is not None
 
-GONE = r"rank 1 has (ended without a word|given no sign of life)"
+    @property
+    def restarts(self) -> bool:
+        return bool(self.torchrun)
+
+
+GONE = "rank 1 has ended without a word"
+SILENT = "rank 1 has given no sign of life"
 MEMORY = r"(GPU|CPU) memory ran out at batch 4, 64 px"
 LOADER = "a data loading process died"
 STILL = r"rank 1 \(waits for its loader\) has stood still|no rank has moved"
@@ -113,14 +123,34 @@ ROWS = (
     Row("killed, under torchrun --max-restarts 3", "kill:9", "", "Resuming", FEW, ("--max-restarts", "3")),
     Row("memory ran out", "gpu-memory", MEMORY, f"rank 1 has ended .{MEMORY}"),
     Row("a loader process died", "kill-a-worker:9", LOADER, f"rank 1 has ended .{LOADER}", ("--workers", "1")),
-    Row("stopped", "stop:9", "", GONE),
+    Row("stopped", "stop:9", "", SILENT),
     Row("its images do not come", "stall:9", STILL, STILL),
     Row("its GPU hangs", "hang-gpu:9", HANGS, HANGS),
 )
 
 
-def outcome(row: Row, folder: Path, extra: Sequence[str], data: Path) -> tuple[str, list[str]]:
-    """The row of the table, and the promises that were broken."""
+def broken_promises(row: Row, struck: Struck, run: Path) -> list[str]:
+    """What did not hold; empty when all did. ``run``: the run's folder."""
+    first, last = struck.ranks[0], struck.ranks[-1]
+    broken = []
+    if row.restarts:
+        epochs = len((run / "results.csv").read_text().splitlines()) - 1
+        broken += [f"exit status {first.status}, {epochs} epochs"] if first.status or epochs != int(FEW[1]) else []
+    else:
+        broken += [] if first.status else ["exit status 0"]
+        broken += [] if struck.seconds < MINUTE else [f"{struck.seconds:.0f} s"]
+        checkpoint = run / "weights" / "last.pt"  # there is none before the end of the first epoch
+        broken += ["last.pt cannot be resumed"] if checkpoint.exists() and not read_checkpoint(checkpoint).train else []
+    for rank, done, pattern in ((0, first, row.rank0), (1, last, row.rank1)):
+        if pattern and not re.search(pattern, done.text if row.agent else done.line("error:")):
+            broken.append(f"rank {rank} does not say {pattern!r} but {done.line()!r}")
+        if pattern and not row.agent and (done.status != 2 or not done.clean):
+            broken.append(f"rank {rank} ended with {done.status} or a traceback")
+    return broken
+
+
+def outcome(row: Row, folder: Path, extra: Sequence[str], data: Path) -> tuple[str, bool]:
+    """The row of the table, and whether all promises held."""
     folder.mkdir()
     workers = () if "--workers" in row.flags else ("--workers", "0")
     epochs = () if "--epochs" in row.flags else ("--epochs", "500")
@@ -128,30 +158,13 @@ def outcome(row: Row, folder: Path, extra: Sequence[str], data: Path) -> tuple[s
     try:
         struck = strike(folder, row.fault, flags, row.torchrun)
     except TimeoutError as error:
-        return f"| {row.name} | | {error} | |", [str(error)]
-    first, last = struck.ranks[0], struck.ranks[-1]
-    goes_on = bool(row.torchrun)
-    broken = []
-    for rank, done, pattern in ((0, first, row.rank0), (1, last, row.rank1)):
-        if pattern and not re.search(pattern, done.text if row.torchrun is not None else done.line("error:")):
-            broken.append(f"rank {rank} does not say {pattern!r} but {done.line()!r}")
-        if pattern and row.torchrun is None and (done.status != 2 or not done.clean):
-            broken.append(f"rank {rank} ended with {done.status} or a traceback")
-    checkpoint = folder / "runs" / "exp" / "weights" / "last.pt"
-    if checkpoint.exists() and not (read_checkpoint(checkpoint).train or goes_on):
-        broken.append("last.pt cannot be resumed")
-    if goes_on != (first.status == 0):
-        broken.append(f"exit status {first.status}")
-    if not struck.seconds < MINUTE and not goes_on:
-        broken.append(f"{struck.seconds:.0f} s")
-    said = [done.line(word) if pattern else "" for done, word, pattern in _said(row, first, last)]
-    cells = (row.name, *(f"`{line[:150]}`" if line else "nothing" for line in said), f"{struck.seconds:.1f}")
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in (*cells, "; ".join(broken) or "held")) + " |", broken
-
-
-def _said(row: Row, first: Done, last: Done) -> list[tuple[Done, str, str]]:
-    word = "error:" if row.torchrun is None else row.rank0
-    return [(last, "error:", row.rank1), (first, word, row.rank0)]
+        return f"| {row.name} | | | | {error} |", False
+    broken = broken_promises(row, struck, folder / "runs" / "exp")
+    words = (struck.ranks[-1].line("error:") if row.rank1 else "",
+             struck.ranks[0].line(row.rank0 if row.agent else "error:"))  # fmt: skip
+    said = [f"`{line[:150]}`" if line else "nothing" for line in words]
+    cells = (row.name, *said, f"{struck.seconds:.1f}", "; ".join(broken) or "held")
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |", not broken
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -176,7 +189,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{where}, torch {torch.__version__}\n")
     print("| fault in rank 1 | rank 1 says | rank 0 says | all ended after, s | promises |\n|---|---|---|---|---|")
     print("\n".join(line for line, _ in done))
-    return int(any(broken for _, broken in done))
+    return int(not all(held for _, held in done))
 
 
 if __name__ == "__main__":

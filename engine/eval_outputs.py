@@ -70,7 +70,7 @@ class CocoCollector:
             return [entry for image in rows for entry in image]
 
     def save(self, file: Path) -> None:
-        """Write the result file, one detection a line."""
+        """Write the result file, one detection a line: all that was found, also what :meth:`stats` does not look at."""
         atomic_write(file, "[" + ",\n".join(json.dumps(entry) for entry in self.entries()) + "]\n")
 
     def stats(self, annotations: Path | None = None) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 from typing import Any
@@ -103,11 +104,13 @@ def build_optimizer(
     return kind(groups, lr=lr, betas=(momentum, 0.999), fused=fused)
 
 
+@functools.cache
 def without_compiler(kind: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
     """The optimizer, whose use does not import torch's compiler.
 
     Some methods of torch's import it when they are called, only to tell it to leave them alone: more than a second of
-    a start, for a compiler that never sees an optimizer here.
+    a start, for a compiler that never sees an optimizer here. Such an optimizer cannot be pickled (its state can), and
+    knows no ``differentiable``.
     """
     methods = {
         name: inspect.unwrap(getattr(kind, name))
@@ -127,9 +130,8 @@ def start_momentum_at_zero(optimizer: torch.optim.SGD) -> torch.optim.SGD:
     def fill(optimizer: torch.optim.SGD, args: tuple, kwargs: dict) -> None:
         for group in optimizer.param_groups:
             for parameter in group["params"]:
-                state = optimizer.state[parameter]
-                if parameter.grad is not None and state.get("momentum_buffer") is None:
-                    state["momentum_buffer"] = torch.zeros_like(parameter.grad)
+                if parameter.grad is not None and optimizer.state[parameter].get("momentum_buffer") is None:
+                    optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter.grad)
 
     optimizer.register_step_pre_hook(fill)
     return optimizer

@@ -65,7 +65,8 @@ class Sign:
 @dataclass
 class Seen:
     """A rank as another sees it: its last sign, and since when (seconds, own clock) its parts are what they are.
-    ``gone``: its process had ended before that sign was read, which is therefore its last word."""
+    ``gone``: its process had ended, and it had been silent for a while, before that sign was read, which is therefore
+    its last word."""
 
     sign: Sign
     pulse_since: float
@@ -84,12 +85,13 @@ class Seen:
 def verdict(seen: Mapping[int, Seen], me: int, now: float, patience: float) -> str:
     """Who is to blame that this training cannot go on, in a line; '' while there is no reason to think so."""
     for rank, peer in seen.items():
+        if peer.gone and peer.sign.present:
+            return _without_a_word(rank)
+    for rank, peer in seen.items():
         if peer.sign.state == "ended":
             return f"rank {rank} has ended ({peer.sign.text}), and the others cannot go on without it; {GO_ON}"
     for rank, peer in seen.items():
         silent = now - peer.pulse_since
-        if peer.gone and peer.sign.present:
-            return _without_a_word(rank)
         if rank != me and peer.sign.present and silent > patience:
             return (
                 f"rank {rank} has given no sign of life for {silent:.0f} s: its process or its machine has stopped, "
@@ -124,12 +126,18 @@ class PeerWatch:
         self.world, self.patience = world, patience
         self.every = max(1.0, world.size / 32)  # seconds between signs: each rank reads those of all
         self._store, self._end = store, end or _end_process
+        self._process = process_name()
         self._phase = self._beats = self._all_beats = self._pulse = 0
         self._state, self._text, self._in_loop = "working", "", False
         self._seen: dict[int, Seen] = {}
         self._leaving = threading.Event()
         self._hold = threading.Lock()
         self._thread: threading.Thread | None = None
+
+    @property
+    def _silence(self) -> float:
+        """Seconds without a sign that cannot be chance."""
+        return 3 * self.every
 
     @property
     def watching(self) -> bool:
@@ -140,7 +148,6 @@ class PeerWatch:
             return self
         self._store = self._store or _second_connection(max(20.0, self.patience))
         self._key = f"peers/{broadcast(uuid.uuid4().hex, self.world)}"  # an earlier start may have left its signs
-        self._process = process_name()
         self._tell()
         gather(None, self.world)  # from here on everyone's sign can be read without waiting
         now = time.monotonic()
@@ -196,9 +203,9 @@ class PeerWatch:
 
     def _look(self) -> None:
         keys = [f"{self._key}/{rank}" for rank in range(self.world.size)]
-        for peer in self._seen.values():
-            peer.gone = peer.gone or has_ended(peer.sign.process)
         now = time.monotonic()
+        for peer in self._seen.values():  # a machine that was copied while it ran may have its name, but gives signs
+            peer.gone = now - peer.pulse_since > self._silence and has_ended(peer.sign.process)
         for rank, text in enumerate(self._store.multi_get(keys)):
             self._seen[rank].update(Sign.loads(text), now)
 
@@ -228,8 +235,7 @@ class PeerWatch:
     def _who_is_gone(self) -> str:
         """After a lost connection: the rank that ended, with its reason if it left one, or that fell silent; '' if all
         others are there."""
-        silence = 3 * self.every
-        deadline = time.monotonic() + silence + 2
+        deadline = time.monotonic() + self._silence + 2
         while time.monotonic() < deadline:
             self._tell()  # others may be looking for the same
             self._look()
@@ -237,7 +243,8 @@ class PeerWatch:
             if blame:
                 return blame
             for rank, peer in self._seen.items():
-                if rank != self.world.rank and peer.sign.present and time.monotonic() - peer.pulse_since > silence:
+                silent = time.monotonic() - peer.pulse_since > self._silence
+                if rank != self.world.rank and peer.sign.present and silent:
                     return _without_a_word(rank)
             time.sleep(0.2)
         told = [peer.sign.text for peer in self._seen.values() if peer.sign.state == "follows" and peer.sign.text]

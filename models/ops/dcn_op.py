@@ -10,6 +10,7 @@ a (y, x) pair per tap, groups outermost, then K*OG masks, or their logits when `
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -134,11 +135,21 @@ def _no_second_derivative(ctx, *grads):
 
 
 def _operator(name: str, kernel: Callable, fake: Callable) -> torch._ops.OpOverload:
-    """``dcn::name`` for all devices, as ``torch.library.custom_op`` would make it, but for what that does in each call:
+    """``dcn::name`` for all devices, as ``torch.library.custom_op`` would make it, but for what that does in its calls:
     it imports torch's compiler at the first, three seconds of a start, and compares all inputs with all outputs."""
+    untraced: list[Callable] = []
+
+    def run(*args):
+        compiler = sys.modules.get("torch._dynamo")
+        if compiler is None:
+            return kernel(*args)
+        if not untraced:  # around a break in its graph it would look into the kernel as well
+            untraced.append(compiler.disable(kernel))
+        return untraced[0](*args)
+
     schema = torch.library.infer_schema(kernel, mutates_args=())
     torch.library.define(f"dcn::{name}", schema, tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.impl(f"dcn::{name}", "default", kernel)
+    torch.library.impl(f"dcn::{name}", "default", run)
     torch.library.register_fake(f"dcn::{name}", fake)
     return getattr(torch.ops.dcn, name).default
 

@@ -37,7 +37,7 @@ def at_call(owner: Any, name: str, number: int, action: Callable[..., Any]) -> N
     def wrapper(*args: Any, **options: Any) -> Any:
         calls.append(1)
         if number in (0, len(calls)):
-            if STRUCK in os.environ:
+            if STRUCK in os.environ and len(calls) == max(number, 1):
                 Path(os.environ[STRUCK]).touch()
             action(*args, **options)
         return original(*args, **options)

@@ -5,7 +5,7 @@
     python -m scripts.faults.ranks --only 'stop'    # rows whose names match
 
 The exit status is 1 when a promise was broken: every rank ends within a minute of the fault, those that are not killed
-with one line that names the rank, and what completed epochs left can be opened.
+with a last line that names the rank and without a traceback, and what completed epochs left can be resumed.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from benchmarks.launch import NO_MULTICAST
 from scripts.faults.inject import STRUCK
 from scripts.faults.runs import Done, blood_cells
 from utils.checkpoint import read_checkpoint
+from utils.errors import UserError
 from utils.files import ROOT
 
 TRAINING = "--cfg yolov5n.yaml --weights= --img 64 --batch 4 --noval --noplots --project runs"
@@ -82,10 +83,19 @@ def strike(folder: Path, fault: str, flags: Sequence[str], torchrun: Sequence[st
         raise TimeoutError(f"{fault}: the ranks do not end") from error
     finally:
         for process in processes:
-            process.kill()
-            process.wait()
+            end(process)
     texts = [(folder / f"{number}.txt").read_text(errors="replace") for number in range(len(processes))]
     return Struck(tuple(Done(p.returncode, text) for p, text in zip(processes, texts, strict=True)), seconds)
+
+
+def end(process: subprocess.Popen) -> None:
+    """End it if it is still there; torchrun's agent has time to end its ranks, which would outlive it."""
+    process.terminate()
+    try:
+        process.wait(40)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 @dataclass(frozen=True)
@@ -134,19 +144,27 @@ def broken_promises(row: Row, struck: Struck, run: Path) -> list[str]:
     first, last = struck.ranks[0], struck.ranks[-1]
     broken = []
     if row.restarts:
-        epochs = len((run / "results.csv").read_text().splitlines()) - 1
+        results = run / "results.csv"
+        epochs = len(results.read_text().splitlines()) - 1 if results.exists() else 0
         broken += [f"exit status {first.status}, {epochs} epochs"] if first.status or epochs != int(FEW[1]) else []
     else:
         broken += [] if first.status else ["exit status 0"]
         broken += [] if struck.seconds < MINUTE else [f"{struck.seconds:.0f} s"]
-        checkpoint = run / "weights" / "last.pt"  # there is none before the end of the first epoch
-        broken += ["last.pt cannot be resumed"] if checkpoint.exists() and not read_checkpoint(checkpoint).train else []
+        broken += [] if row.fault == "gpu-memory" or can_be_resumed(run) else ["last.pt cannot be resumed"]  # epoch 1
+        broken += [] if row.rank1 or row.agent or last.status == -signal.SIGKILL else [f"rank 1: {last.status}"]
     for rank, done, pattern in ((0, first, row.rank0), (1, last, row.rank1)):
         if pattern and not re.search(pattern, done.text if row.agent else done.line("error:")):
             broken.append(f"rank {rank} does not say {pattern!r} but {done.line()!r}")
         if pattern and not row.agent and (done.status != 2 or not done.clean):
             broken.append(f"rank {rank} ended with {done.status} or a traceback")
     return broken
+
+
+def can_be_resumed(run: Path) -> bool:
+    try:
+        return bool(read_checkpoint(run / "weights" / "last.pt").train)
+    except UserError:
+        return False
 
 
 def outcome(row: Row, folder: Path, extra: Sequence[str], data: Path) -> tuple[str, bool]:
@@ -176,14 +194,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.device != "cpu" and torch.cuda.device_count() < 2:
         parser.error("two GPUs are needed; --device cpu runs the ranks over gloo")
-    rows = [row for row in ROWS if re.search(args.only, row.name)]
-    if args.device == "cpu":
-        rows = [row for row in rows if not row.fault.startswith("hang-gpu")]
+    here = [row for row in ROWS if args.device != "cpu" or not row.fault.startswith("hang-gpu")]
+    rows = [row for row in here if re.search(args.only, row.name)]
+    if not rows:
+        parser.error(f"--only {args.only}: matches none of {', '.join(row.name for row in here)}")
     extra = ["--device", "cpu"] if args.device == "cpu" else ["--cuda-graphs", args.cuda_graphs]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         data = blood_cells(folder)
-        with ThreadPoolExecutor(args.at_once or len(rows) or 1) as pool:
+        with ThreadPoolExecutor(args.at_once or len(rows)) as pool:
             done = list(pool.map(lambda n: outcome(rows[n], folder / str(n), extra, data), range(len(rows))))
     where = "CPU, gloo" if args.device == "cpu" else f"{torch.cuda.get_device_name()} x 2, graphs {args.cuda_graphs}"
     print(f"{where}, torch {torch.__version__}\n")

@@ -55,6 +55,12 @@ def test_a_last_word_counts_more_than_that_the_process_has_ended() -> None:
     assert verdict(ranks, 0, 100, 45) == ""
 
 
+def test_the_rank_that_was_killed_is_named_before_those_that_torchrun_then_ended() -> None:
+    ranks = seen(("judged", (2, 5), 1, 2), ("ended", (2, 5), 1, 2), ("judged", (2, 5), 4, 4))
+    ranks[2].gone = True
+    assert verdict(ranks, 0, 100, 45).startswith("rank 2 has ended without a word")
+
+
 class Ranks:
     """Two watches in threads: ``run(body0, body1)`` gives what each said when it gave up, or raised."""
 

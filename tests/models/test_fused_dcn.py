@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import subprocess
@@ -368,6 +369,26 @@ weight = torch.randn(16, 16, 3, 3, device=device, requires_grad=True)
 deform_conv2d_raw(x, raw, weight, None, (1, 1), (1, 1), (1, 1), backend=backend).sum().backward()
 assert x.grad.abs().sum() > 0 and "torch._dynamo" not in sys.modules
 """
+
+
+class Unlike(torch.nn.Module):
+    """A frame that the compiler gives up as a whole: a break of its graph within blocks."""
+
+    def forward(self, x: Tensor, raw: Tensor, weight: Tensor) -> Tensor:
+        with contextlib.suppress(ValueError):
+            torch._dynamo.graph_break()
+            x = torch.ops.dcn.forward(x * 2, raw, weight, None, (1, 1), (1, 1), (1, 1), 1, True, False, False)
+            x.sum().backward()
+        return x
+
+
+def test_the_compiler_does_not_look_into_the_kernels(device: str) -> None:
+    x, raw = (torch.randn(1, n, 4, 4, device=device, requires_grad=True) for n in (16, 27))
+    weight = torch.randn(16, 16, 3, 3, device=device, requires_grad=True)
+    expected = Unlike()(x, raw, weight)
+    torch._dynamo.reset()
+    got = torch.compile(Unlike(), backend="eager")(x, raw, weight)
+    assert torch.equal(got, expected) and raw.grad.abs().sum() > 0
 
 
 def test_the_operators_do_not_import_the_compiler(device: str) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
     from engine.eval_outputs import CocoCollector
     from utils.metrics import Metrics
+    from utils.painter import Painters
 
 TASKS = ("train", "val", "test", "speed", "study")
 STUDY_SIZES = range(256, 1537, 128)
@@ -111,7 +112,21 @@ def measure(args: argparse.Namespace) -> Metrics:
     """Carry out one task. Only from here on is anything heavy imported: --help and a wrong flag answer at once."""
     data = DataConfig.load(args.data, args.single_cls)
     data.split(split_of(args))
+    with painters_of(args) as painters:  # before torch: their import of matplotlib then takes no time of its own
+        return carry_out(args, data, painters)
 
+
+def painters_of(args: argparse.Namespace) -> AbstractContextManager[Painters | None]:
+    """Processes that draw the curves, if the task has any."""
+    from utils.painter import Painters
+
+    if args.noplots or args.task in ("speed", "study") or not is_installed("matplotlib"):
+        return nullcontext()
+    return Painters()
+
+
+def carry_out(args: argparse.Namespace, data: DataConfig, painters: Painters | None) -> Metrics:
+    """:func:`measure`, data and flags being right."""
     import torch
 
     from models.surgery import use_dcn_backend
@@ -140,7 +155,7 @@ def measure(args: argparse.Namespace) -> Metrics:
     folder = new_run_dir(args.project, args.name, args.exist_ok)
     if args.task == "study":
         return study(args, data, models, device, folder)
-    return validate(args, data, models[0], device, folder)
+    return validate(args, data, models[0], device, folder, painters)
 
 
 def weight_groups(args: argparse.Namespace) -> list[list[str]]:
@@ -182,24 +197,29 @@ def _some(names: dict[int, str]) -> str:
 
 
 def validate(
-    args: argparse.Namespace, data: DataConfig, model: nn.Module, device: torch.device, folder: Path
+    args: argparse.Namespace,
+    data: DataConfig,
+    model: nn.Module,
+    device: torch.device,
+    folder: Path,
+    painters: Painters | None,
 ) -> Metrics:
     """One pass over the split, the table, and the files in ``folder``."""
     from engine.eval_outputs import BatchPictures, CocoCollector, LabelWriter, save_curves
     from utils import coco
     from utils.console import LOGGER, plural
-    from utils.painter import Painters
 
     labels = LabelWriter(folder / "labels", args.save_conf) if args.save_txt else None
     categories = coco.category_ids(data.split(split_of(args)), data.nc)
     collector = CocoCollector(data.names, categories)
     speed_only = args.task == "speed"
-    with nullcontext() if speed_only or args.noplots else Painters() as painters:
-        observers = [labels, None if speed_only else collector, painters and BatchPictures(folder, data.names)]
-        metrics = one_pass(args, data, model, device, [observer for observer in observers if observer])
-        if painters:
-            save_curves(metrics, data.names, folder, painters.draw)
-        metrics = _reported(args, data, folder, metrics, None if speed_only else collector)
+    observers = [labels, None if speed_only else collector, painters and BatchPictures(folder, data.names)]
+    metrics = one_pass(args, data, model, device, [observer for observer in observers if observer])
+    if painters:
+        save_curves(metrics, data.names, folder, painters.draw)
+    metrics = _reported(args, data, folder, metrics, None if speed_only else collector)
+    if painters:
+        painters.close()
     LOGGER.info(metrics.speed_line())
     LOGGER.info(f"Results saved to {folder}")
     if labels:

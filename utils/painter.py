@@ -34,6 +34,7 @@ class Painters(AbstractContextManager):
         count = max(1, min(MOST_PAINTERS, (cores or os.cpu_count() or 1) // 4))
         context = SpawnContext()
         context.Process = _Painter
+        self._closed = False
         self._pool = ProcessPoolExecutor(count, context, initializer=_begin, initargs=(os.getcwd(),))
         self._drawn = [self._pool.submit(int) for _ in range(count)]  # nothing to do, but a process starts for each
 
@@ -43,7 +44,10 @@ class Painters(AbstractContextManager):
             self._drawn.append(self._pool.submit(getattr(curves, name), *arguments))
 
     def close(self) -> None:
-        """Wait until everything is drawn. Raises ResourceError when something could not be."""
+        """Wait until everything is drawn; once. Raises ResourceError when something could not be."""
+        if self._closed:
+            return
+        self._closed = True
         try:
             self._drawn.append(self._pool.submit(int))  # raises if a painter was lost while nothing was to be drawn
             self._pool.shutdown()

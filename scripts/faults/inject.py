@@ -168,7 +168,7 @@ def vanish(folder: str) -> None:
         first.unlink()
         second.write_bytes(second.read_bytes()[:1000])
 
-    at_call(importlib.import_module("engine.trainer"), "build_learner", 1, action)
+    at_call(importlib.import_module("engine.trainer"), "build_loaders", 1, action)
 
 
 def impatient(seconds: str) -> None:

@@ -234,7 +234,8 @@ def test_images_that_vanish_are_left_out_and_counted(
             image.unlink()
         second.write_bytes(second.read_bytes()[:500])
 
-    monkeypatch.setattr(engine.trainer, "build_learner", at_call(1, spoil, engine.trainer.build_learner))
+    # after the scan, and before the loader's processes begin to read
+    monkeypatch.setattr(engine.trainer, "build_loaders", at_call(1, spoil, engine.trainer.build_loaders))
     status, out, err = train_cli("--epochs", "2", "--workers", workers)
     assert status == 0, err
     assert all(out.count(f"{image}: no such file; training goes on without it") == 1 for image in images)

@@ -38,11 +38,23 @@ def agent(tmp_path: Path, tiny: Path) -> Iterator[Callable[..., subprocess.Popen
         with (tmp_path / f"{name}.txt").open("w") as log:
             flags = [*TRAINING.split(), "--project", str(tmp_path / "runs"), *flags]
             started.append(subprocess.Popen([*command, *flags], cwd=tmp_path, env=env, stdout=log, stderr=log))
+        if len(started) == 1:  # it keeps the store, with which a lost machine cannot be replaced
+            wait_for_listener(port)
         return started[-1]
 
     yield start
     for process in started:
         machine_lost(process)
+
+
+def wait_for_listener(port: int) -> None:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        with socket.socket() as client:
+            if client.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.1)
+    raise TimeoutError(f"nobody listens at port {port}")
 
 
 def machine_lost(agent: subprocess.Popen) -> None:

@@ -101,12 +101,11 @@ def inside(times: int, script: str, flags: Sequence[str]) -> None:
 def one_process(args: argparse.Namespace, yamls: dict[int, Path]) -> list[list]:
     """Rows of the table of --one-process."""
     rows = []
-    for item in args.weights:
-        name, file = item.split("=", 1)
+    for name, file in args.weights:
         for what in args.runs:
             for count, yaml in yamls.items():
                 with tempfile.TemporaryDirectory() as folder:
-                    flags = flags_of(what, str(Path(file).resolve()), yaml, "auto", args.device, folder)
+                    flags = flags_of(what, file, yaml, "auto", args.device, folder)
                     printed = run(["-m", "benchmarks.inference_gpu", "--inside", str(args.repeats + 1), *flags])
                 first, *later = (1000 * s / count for s in json.loads(printed.splitlines()[-1]))
                 middle = statistics.median(later)
@@ -132,6 +131,7 @@ def main(argv: Sequence[str]) -> None:
     args = parser.parse_args(argv)
     if wrong := [item for item in args.weights if not item.partition("=")[2]]:
         parser.error(f"--weights {wrong[0]}: write NAME=FILE")
+    args.weights = [(name, str(Path(file).resolve())) for name, _, file in (w.partition("=") for w in args.weights)]
     if args.images < 2 or args.repeats < 1:
         parser.error(f"--images {args.images}, --repeats {args.repeats}: at least 2 and 1")
     device, data = select_device(args.device), DataConfig.load(args.data)
@@ -144,9 +144,7 @@ def main(argv: Sequence[str]) -> None:
             print(heading(f"{describe_device(device)}; {cpu_name()}"))
             names = ["model", "run", "images", "first run, ms an image", "later runs", "spread", "upstream", "ratio"]
             return print(table(names, rows))
-        for item in args.weights:
-            name, file = item.split("=", 1)
-            file = str(Path(file).resolve())
+        for name, file in args.weights:
             for what in args.runs:
                 for graphs in ("on", "off") if device.type == "cuda" else ("off",):
                     took = {n: [seconds(what, file, yaml, graphs, args.device) for _ in range(args.repeats)]

@@ -24,15 +24,23 @@ def check_files(cfgs: Sequence[str], data: str) -> None:
         DataConfig.load(data)
 
 
+def launcher(processes: int) -> list[str]:
+    """torchrun for so many processes of this machine; its other flags and the target follow."""
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+
+
+def environment() -> dict[str, str]:
+    """For processes that import this repository from any folder, and leave NVLink multicast alone."""
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {"OMP_NUM_THREADS": "1", **os.environ, **NO_MULTICAST, "PYTHONPATH": path}
+
+
 def torchrun(processes: int, target: Sequence[str], quiet: bool = False) -> str:
     """Run ``target`` (a script with its flags, or ``-m module flags``) in so many processes of this machine and return
     its output, which is also shown unless ``quiet``. SystemExit with its last lines when it fails."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    env = {"OMP_NUM_THREADS": "1", **os.environ, **NO_MULTICAST}
-    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     lines: list[str] = []
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    with subprocess.Popen([*command, *target], env=env, **pipes) as process:
+    with subprocess.Popen([*launcher(processes), *target], env=environment(), **pipes) as process:
         for line in process.stdout:
             lines.append(line)
             if not quiet:

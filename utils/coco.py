@@ -65,11 +65,11 @@ def most_confident(detections: np.ndarray, per_class: int = MAX_DETECTIONS) -> n
     """
     detections = np.asarray(detections).reshape(-1, 6)
     classes = detections[:, 5].astype(int)
-    if not len(classes) or np.bincount(classes).max() <= per_class:
+    counts = np.bincount(classes)
+    if not (counts > per_class).any():
         return detections
     best = np.argsort(-detections[:, 4].astype(np.float64).round(5), kind="stable")
     by_class = best[np.argsort(classes[best], kind="stable")]
-    counts = np.bincount(classes)
     rank = np.arange(len(classes)) - np.repeat(np.cumsum(counts) - counts, counts)
     return detections[np.sort(by_class[rank < per_class])]
 

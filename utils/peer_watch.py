@@ -4,7 +4,7 @@ gloo says that a connection was closed, not whose; NCCL between the GPUs of a ma
 a rank may take cannot be told by a process group's time-out, because rank 0 scans data sets and writes checkpoints
 while the others wait. So each rank tells two things about itself, once a second, in the store that torchrun (or rank
 0) keeps: that its process lives, and how far its main thread has come. The second is judged in loops over batches only.
-That a process of the same machine has ended is seen at once.
+That a silent process of the same machine has ended is looked up, which takes seconds where silence alone takes longer.
 """
 
 from __future__ import annotations

@@ -12,7 +12,6 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from benchmarks.launch import launcher
 from scripts.faults.runs import EPOCHS, Done, command, leftovers, resume, run, same, training
 from utils.checkpoint import read_checkpoint
 
@@ -276,9 +276,8 @@ def nan_always(folder: Path) -> Result:
 
 @accident("a process of two under torchrun is lost (--max-restarts 3)", "test_which_run_a_torchrun_restart_takes_up")
 def elastic(folder: Path) -> Result:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    launcher += ["--max-restarts", "3", "-m", "scripts.faults.inject", "1@kill:6", "train.py"]
-    struck = run([*launcher, *training(folder)], folder)
+    restarted = [*launcher(2), "--max-restarts", "3", "-m", "scripts.faults.inject", "1@kill:6", "train.py"]
+    struck = run([*restarted, *training(folder)], folder)
     runs = sorted(path.name for path in (folder / "runs").iterdir())
     rows = (folder / "runs" / "exp" / "results.csv").read_text().splitlines()[1:]
     epochs = [int(row.split(",")[0]) for row in rows]

@@ -45,6 +45,11 @@ def at_call(owner: Any, name: str, number: int, action: Callable[..., Any]) -> N
     setattr(owner, name, wrapper)
 
 
+def at_step(number: str | int, action: Callable[..., Any]) -> None:
+    """:func:`at_call` of the ``number``-th training step; ``action`` is given the learner."""
+    at_call(importlib.import_module("engine.epoch").Learner, "backward", int(number), action)
+
+
 def half_written(writer: Callable[..., None]) -> Callable[..., None]:
     """The first half of what ``writer`` writes, brought to the disk, and then the kill."""
 
@@ -99,24 +104,22 @@ def kill_a_worker(number: str) -> None:
         for child in psutil.Process().children()[:1]:
             child.kill()
 
-    at_call(importlib.import_module("engine.epoch").Learner, "backward", int(number), action)
+    at_step(number, action)
 
 
 def kill_at_step(number: str) -> None:
     """At the ``number``-th step, this process."""
-    at_call(importlib.import_module("engine.epoch").Learner, "backward", int(number), lambda *_, **__: kill())
+    at_step(number, lambda *_, **__: kill())
 
 
 def stop(number: str) -> None:
     """At the ``number``-th step the process is stopped, as a debugger or a machine that swaps would."""
-    step = importlib.import_module("engine.epoch").Learner
-    at_call(step, "backward", int(number), lambda *_, **__: os.kill(os.getpid(), signal.SIGSTOP))
+    at_step(number, lambda *_, **__: os.kill(os.getpid(), signal.SIGSTOP))
 
 
 def hang_gpu(number: str) -> None:
     """Before the ``number``-th step, the GPU is given something to do that takes about an hour."""
-    step = importlib.import_module("engine.epoch").Learner
-    at_call(step, "backward", int(number), lambda *_, **__: torch.cuda._sleep(7 * 10**12))
+    at_step(number, lambda *_, **__: torch.cuda._sleep(7 * 10**12))
 
 
 def stall(number: str) -> None:
@@ -132,7 +135,7 @@ def nan(number: str) -> None:
         with torch.no_grad():
             learner.model.model[3].conv.weight[0, 0, 0, 0] = float("nan")
 
-    at_call(importlib.import_module("engine.epoch").Learner, "backward", int(number), action)
+    at_step(number, action)
 
 
 def no_memory(_: str) -> None:
@@ -146,7 +149,7 @@ def no_memory(_: str) -> None:
         most = psutil.Process().memory_info().vms + 100_000_000
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
 
-    at_call(importlib.import_module("engine.epoch").Learner, "backward", 1, action)
+    at_step(1, action)
 
 
 def gpu_memory(_: str) -> None:
@@ -157,7 +160,7 @@ def gpu_memory(_: str) -> None:
             torch.empty(2**50, dtype=torch.uint8, device=learner.device)
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    at_call(importlib.import_module("engine.epoch").Learner, "backward", 2, action)
+    at_step(2, action)
 
 
 def vanish(folder: str) -> None:

@@ -11,7 +11,6 @@ with a last line that names the rank and without a traceback, and what completed
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import signal
 import socket
@@ -26,12 +25,11 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.launch import NO_MULTICAST
+from benchmarks.launch import environment, launcher
 from scripts.faults.inject import STRUCK
 from scripts.faults.runs import Done, blood_cells
 from utils.checkpoint import read_checkpoint
 from utils.errors import UserError
-from utils.files import ROOT
 
 TRAINING = "--cfg yolov5n.yaml --weights= --img 64 --batch 4 --noval --noplots --project runs"
 LONGEST = 300.0
@@ -56,8 +54,7 @@ def strike(folder: Path, fault: str, flags: Sequence[str], torchrun: Sequence[st
     """
     struck = folder / "struck"
     script = ["-m", "scripts.faults.inject", f"1@{fault}", "train.py", *flags]
-    env = {**os.environ, **NO_MULTICAST, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", STRUCK: str(struck)}
-    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    env = {**environment(), "PYTHONUNBUFFERED": "1", STRUCK: str(struck)}
     if torchrun is None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -66,8 +63,7 @@ def strike(folder: Path, fault: str, flags: Sequence[str], torchrun: Sequence[st
         command = [sys.executable, *script]
     else:
         places = [{}]
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-        command = [*launcher, *torchrun, *script]
+        command = [*launcher(2), *torchrun, *script]
     processes: list[subprocess.Popen] = []
     try:
         for place in places:
@@ -142,22 +138,25 @@ ROWS = (
 def broken_promises(row: Row, struck: Struck, run: Path) -> list[str]:
     """What did not hold; empty when all did. ``run``: the run's folder."""
     first, last = struck.ranks[0], struck.ranks[-1]
-    broken = []
     if row.restarts:
         results = run / "results.csv"
         epochs = len(results.read_text().splitlines()) - 1 if results.exists() else 0
-        broken += [f"exit status {first.status}, {epochs} epochs"] if first.status or epochs != int(FEW[1]) else []
+        promises = [(first.status == 0 and epochs == int(FEW[1]), f"exit status {first.status}, {epochs} epochs")]
     else:
-        broken += [] if first.status else ["exit status 0"]
-        broken += [] if struck.seconds < MINUTE else [f"{struck.seconds:.0f} s"]
-        broken += [] if row.fault == "gpu-memory" or can_be_resumed(run) else ["last.pt cannot be resumed"]  # epoch 1
-        broken += [] if row.rank1 or row.agent or last.status == -signal.SIGKILL else [f"rank 1: {last.status}"]
+        killed = not row.rank1 and not row.agent
+        promises = [
+            (first.status != 0, "exit status 0"),
+            (struck.seconds < MINUTE, f"{struck.seconds:.0f} s"),
+            (row.fault == "gpu-memory" or can_be_resumed(run), "last.pt cannot be resumed"),  # that comes in epoch 1
+            (not killed or last.status == -signal.SIGKILL, f"rank 1: {last.status}"),
+        ]
     for rank, done, pattern in ((0, first, row.rank0), (1, last, row.rank1)):
-        if pattern and not re.search(pattern, done.text if row.agent else done.line("error:")):
-            broken.append(f"rank {rank} does not say {pattern!r} but {done.line()!r}")
-        if pattern and not row.agent and (done.status != 2 or not done.clean):
-            broken.append(f"rank {rank} ended with {done.status} or a traceback")
-    return broken
+        if pattern:
+            told = re.search(pattern, done.text if row.agent else done.line("error:"))
+            promises.append((bool(told), f"rank {rank} does not say {pattern!r} but {done.line()!r}"))
+            orderly = row.agent or (done.status == 2 and done.clean)
+            promises.append((orderly, f"rank {rank} ended with {done.status} or a traceback"))
+    return [words for held, words in promises if not held]
 
 
 def can_be_resumed(run: Path) -> bool:

@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from engine.eval_outputs import CocoCollector
+    from utils.helpers import Helpers
     from utils.metrics import Metrics
-    from utils.painter import Painters
 
 TASKS = ("train", "val", "test", "speed", "study")
 STUDY_SIZES = range(256, 1537, 128)
@@ -112,20 +112,22 @@ def measure(args: argparse.Namespace) -> Metrics:
     """Carry out one task. Only from here on is anything heavy imported: --help and a wrong flag answer at once."""
     data = DataConfig.load(args.data, args.single_cls)
     data.split(split_of(args))
-    with painters_of(args) as painters:  # before torch: their import of matplotlib then takes no time of its own
-        return carry_out(args, data, painters)
+    with helpers_of(args) as helpers:  # before torch: their import of matplotlib then takes no time of its own
+        return carry_out(args, data, helpers)
 
 
-def painters_of(args: argparse.Namespace) -> AbstractContextManager[Painters | None]:
-    """Processes that draw the curves, if the task has any."""
-    from utils.painter import Painters
+def helpers_of(args: argparse.Namespace) -> AbstractContextManager[Helpers | None]:
+    """Processes that draw the curves and compute COCO's numbers, if the task has any and there are cores for them."""
+    from utils.helpers import DRAWING, Helpers, spare
 
-    if args.noplots or args.task in ("speed", "study") or not is_installed("matplotlib"):
+    draws = not args.noplots and is_installed("matplotlib")
+    counts = is_installed("faster_coco_eval") and spare() > 1
+    if args.task in ("speed", "study") or not (draws or counts):
         return nullcontext()
-    return Painters()
+    return Helpers(modules=[*(DRAWING if draws else ()), *(("faster_coco_eval",) if counts else ())])
 
 
-def carry_out(args: argparse.Namespace, data: DataConfig, painters: Painters | None) -> Metrics:
+def carry_out(args: argparse.Namespace, data: DataConfig, helpers: Helpers | None) -> Metrics:
     """:func:`measure`, data and flags being right."""
     import torch
 
@@ -155,7 +157,7 @@ def carry_out(args: argparse.Namespace, data: DataConfig, painters: Painters | N
     folder = new_run_dir(args.project, args.name, args.exist_ok)
     if args.task == "study":
         return study(args, data, models, device, folder)
-    return validate(args, data, models[0], device, folder, painters)
+    return validate(args, data, models[0], device, folder, helpers)
 
 
 def weight_groups(args: argparse.Namespace) -> list[list[str]]:
@@ -202,7 +204,7 @@ def validate(
     model: nn.Module,
     device: torch.device,
     folder: Path,
-    painters: Painters | None,
+    helpers: Helpers | None,
 ) -> Metrics:
     """One pass over the split, the table, and the files in ``folder``."""
     from engine.eval_outputs import BatchPictures, CocoCollector, LabelWriter, save_curves
@@ -213,13 +215,14 @@ def validate(
     categories = coco.category_ids(data.split(split_of(args)), data.nc)
     collector = CocoCollector(data.names, categories)
     speed_only = args.task == "speed"
-    observers = [labels, None if speed_only else collector, painters and BatchPictures(folder, data.names)]
+    draws = not (speed_only or args.noplots)
+    observers = [labels, None if speed_only else collector, BatchPictures(folder, data.names) if draws else None]
     metrics = one_pass(args, data, model, device, [observer for observer in observers if observer])
-    if painters:
-        save_curves(metrics, data.names, folder, painters.draw)
-    metrics = _reported(args, data, folder, metrics, None if speed_only else collector)
-    if painters:
-        painters.close()
+    if draws:
+        save_curves(metrics, data.names, folder, helpers.draw)
+    metrics = _reported(args, data, folder, metrics, None if speed_only else collector, helpers)
+    if helpers:
+        helpers.close()
     LOGGER.info(metrics.speed_line())
     LOGGER.info(f"Results saved to {folder}")
     if labels:
@@ -228,20 +231,23 @@ def validate(
 
 
 def _reported(
-    args: argparse.Namespace, data: DataConfig, folder: Path, metrics: Metrics, collector: CocoCollector | None
+    args: argparse.Namespace,
+    data: DataConfig,
+    folder: Path,
+    metrics: Metrics,
+    collector: CocoCollector | None,
+    helpers: Helpers | None,
 ) -> Metrics:
     """The metrics with COCO's numbers, after the table and, where asked for, the JSON; only the table without
     ``collector``."""
-    from utils import coco
     from utils.console import LOGGER
 
     LOGGER.info(metrics.table(data.names, args.verbose or data.nc < 50))
     if collector is None:
         return metrics
-    is_coco = collector.categories == coco.COCO_CATEGORY_IDS
-    if args.save_json or is_coco:
+    if args.save_json or collector.is_coco:
         collector.save(folder / f"{Path(args.weights[0]).stem}_predictions.json")
-    return dataclasses.replace(metrics, coco=coco_stats(collector, data, is_coco)) if metrics.labels else metrics
+    return dataclasses.replace(metrics, coco=coco_stats(collector, data, helpers)) if metrics.labels else metrics
 
 
 def split_of(args: argparse.Namespace) -> str:
@@ -249,15 +255,15 @@ def split_of(args: argparse.Namespace) -> str:
     return args.task if args.task in ("train", "test") else "val"
 
 
-def coco_stats(collector: CocoCollector, data: DataConfig, is_coco: bool) -> dict[str, float]:
+def coco_stats(collector: CocoCollector, data: DataConfig, helpers: Helpers | None) -> dict[str, float]:
     """COCO's own numbers, printed in one line: against COCO's annotation file where it is, else against the labels."""
     from utils.console import LOGGER
 
     name = "annotations/instances_val2017.json"
-    places = [data.root / name, ROOT.parent / "datasets/coco" / name] if is_coco else []
+    places = [data.root / name, ROOT.parent / "datasets/coco" / name] if collector.is_coco else []
     annotations = next((place for place in places if place.is_file()), None)
     try:
-        stats = collector.stats(annotations)
+        stats = collector.stats(annotations, helpers)
     except MissingPackage as error:  # the familiar mAP is printed without it
         LOGGER.warning(str(error))
         return {}

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from utils import coco, curves
 from utils.background import Background
+from utils.coco_ap import Detections, evaluate_coco
 from utils.console import LOGGER
 from utils.files import atomic_write
-from utils.gc_pause import collection_paused
 from utils.labels import format_detections
 from utils.metrics import Metrics
 from utils.plots import batch_tiles, plot_batch
@@ -26,6 +26,7 @@ from utils.safe_names import UniqueNames
 if TYPE_CHECKING:
     from engine.evaluator import ImageResult
     from utils.dataloaders import Batch
+    from utils.helpers import Helpers
     from utils.loggers import RunLogger
 
 
@@ -57,31 +58,35 @@ class CocoCollector:
 
     def __init__(self, names: Mapping[int, str], categories: Sequence[int]) -> None:
         self.names, self.categories = names, categories
+        self.is_coco = categories == coco.COCO_CATEGORY_IDS
         self._results: list[ImageResult] = []
 
     def __call__(self, batch: Batch, detections: Sequence[Tensor], results: Sequence[ImageResult]) -> None:
         self._results += results
 
-    def entries(self, kept: Callable[[Any], Any] = lambda detections: detections) -> list[dict[str, Any]]:
-        """The detections, or what ``kept`` leaves of an image's, as entries of a COCO result file."""
-        ids = coco.image_ids([r.path for r in self._results])
-        rows = (coco.detections_to_coco(i, kept(r.detections), self.categories) for i, r in zip(ids, self._results))
-        with collection_paused():  # none of a million entries is garbage
-            return [entry for image in rows for entry in image]
+    def detections(self) -> Detections:
+        """All that was found."""
+        return Detections.of(self._ids(), [result.detections for result in self._results], self.categories)
 
     def save(self, file: Path) -> None:
         """Write the result file, one detection a line: all that was found, also what :meth:`stats` does not look at."""
-        atomic_write(file, "[" + ",\n".join(json.dumps(entry) for entry in self.entries()) + "]\n")
+        entries = self.detections().entries()
+        atomic_write(file, "[" + ",\n".join(json.dumps(entry) for entry in entries) + "]\n")
 
-    def stats(self, annotations: Path | None = None) -> dict[str, float]:
-        """COCO's numbers, against this annotation file, or against the labels seen during the evaluation."""
+    def stats(self, annotations: Path | None = None, helpers: Helpers | None = None) -> dict[str, float]:
+        """COCO's numbers, against this annotation file, or against the labels seen during the evaluation; computed by
+        ``helpers`` if there is more than one."""
         if annotations is None:
-            ids = coco.image_ids([r.path for r in self._results])
             sizes, labels = [r.size for r in self._results], [r.labels for r in self._results]
-            truth = coco.ground_truth(ids, sizes, labels, self.names, self.categories)
+            truth = coco.ground_truth(self._ids(), sizes, labels, self.names, self.categories)
         else:
             truth = coco.load_annotations(annotations)
-        return coco.evaluate_coco(truth, self.entries(coco.most_confident))
+        if helpers is None or helpers.count == 1:
+            return evaluate_coco(truth, self.detections())
+        return evaluate_coco(truth, self.detections(), helpers.results, helpers.count)
+
+    def _ids(self) -> list[int | str]:
+        return coco.image_ids([result.path for result in self._results])
 
 
 class BatchPictures:
@@ -123,7 +128,7 @@ class FirstBatches:
 
 
 def draw_now(name: str, *arguments: Any) -> None:
-    """A function of utils.curves; in the place of :meth:`utils.painter.Painters.draw`."""
+    """A function of utils.curves; in the place of :meth:`utils.helpers.Helpers.draw`."""
     getattr(curves, name)(*arguments)
 
 

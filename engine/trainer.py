@@ -52,9 +52,9 @@ from utils.device import describe_device, seed_everything, select_device
 from utils.dist import World, broadcast, close_distributed, gather, init_distributed, meet, share_weights
 from utils.early_stopping import EarlyStopping
 from utils.errors import ConfigError
+from utils.helpers import Helpers
 from utils.loggers import COLUMNS, RunLogger, read_results
 from utils.metrics import TABLE_HEADER, Metrics
-from utils.painter import Painters
 from utils.peer_watch import PeerWatch
 from utils.signals import NotedTermination, termination_noted
 
@@ -135,9 +135,9 @@ def fit(run: Run, multi_scale: MultiScale | None = None) -> None:
     """All epochs: learn, validate, log, save; stop early when it no longer pays; then validate best.pt in full."""
     cfg, world, progress = run.cfg, run.world, run.progress
     logger = RunLogger(run.dir, progress.start_epoch) if world.main else None
-    with Painters() if world.main and not cfg.noplots else nullcontext() as painters:
+    with Helpers() if world.main and not cfg.noplots else nullcontext() as helpers:
         try:
-            pictures = _first_pictures(run, logger, painters) if painters else None
+            pictures = _first_pictures(run, logger, helpers) if helpers else None
             if cfg.on_nan == "rollback" and not cfg.resume:  # a state to go back to before the first epoch is over
                 save_last(run.last, run.learner, describe_run(run.model, cfg, run.hyp), progress, -1, {})
             meet(world)  # from here on nobody waits for anything but steps
@@ -148,9 +148,9 @@ def fit(run: Run, multi_scale: MultiScale | None = None) -> None:
             LOGGER.info(f"\n{last - first + 1} epochs completed in {hours:.3f} hours.")
         finally:
             run.background.wait()
-        if painters:
-            painters.draw("plot_results", read_results(run.dir / "results.csv"), run.dir / "results.png")
-        _final_validation(run, painters)
+        if helpers:
+            helpers.draw("plot_results", read_results(run.dir / "results.csv"), run.dir / "results.png")
+        _final_validation(run, helpers)
         if pictures:
             pictures.close()
     if world.main:
@@ -301,9 +301,9 @@ def _check_same_start(progress: Progress, world: World) -> None:
         )
 
 
-def _first_pictures(run: Run, logger: RunLogger, painters: Painters) -> FirstBatches | None:
+def _first_pictures(run: Run, logger: RunLogger, helpers: Helpers) -> FirstBatches | None:
     """labels.jpg and, for a new run, the first three training batches as they come by."""
-    painters.draw("plot_labels", run.loader.dataset.labels, run.data.names, run.dir / "labels.jpg")
+    helpers.draw("plot_labels", run.loader.dataset.labels, run.data.names, run.dir / "labels.jpg")
     if run.progress.start_epoch or run.progress.partial:
         return None
     run.loader.on_batch = FirstBatches(run.dir, run.data.names, logger)
@@ -323,17 +323,17 @@ def _log_epoch(
         LOGGER.warning(line)
 
 
-def _final_validation(run: Run, painters: Painters | None) -> None:
+def _final_validation(run: Run, helpers: Helpers | None) -> None:
     """Validate best.pt as val.py would, on all ranks, and have its curves drawn."""
     if not broadcast(run.best.is_file(), run.world):
         return
     LOGGER.info(f"\nValidating {run.best}...\n{TABLE_HEADER}")
-    observers = [BatchPictures(run.dir, run.data.names)] if painters else []
+    observers = [BatchPictures(run.dir, run.data.names)] if helpers else []
     metrics = _evaluate(run, _best_model(run), observers=observers, show_progress=False)
     if metrics is not None:
         LOGGER.info(metrics.table(run.data.names))
-        if painters:
-            save_curves(metrics, run.data.names, run.dir, painters.draw)
+        if helpers:
+            save_curves(metrics, run.data.names, run.dir, helpers.draw)
 
 
 def _finish(run: Run, logger: RunLogger) -> None:

@@ -1,6 +1,6 @@
 """Average precision as YOLOv5 defines it: 101 recall points, IoU 0.5 to 0.95, P and R at the best mean F1.
 
-The COCO definition, which differs in its matching and its 100 boxes an image, is in utils/coco.py.
+The COCO definition, which differs in its matching and its 100 boxes an image, is in utils/coco_ap.py.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ class Metrics:
     confusion: np.ndarray | None = None
     """(nc+1, nc+1) counts (utils.confusion)."""
     coco: Mapping[str, float] = field(default_factory=dict)
-    """COCO's own numbers (utils.coco.evaluate_coco), when they were asked for."""
+    """COCO's own numbers (utils.coco_ap.evaluate_coco), when they were asked for."""
 
     @property
     def p(self) -> float:

@@ -3,13 +3,16 @@
 import contextlib
 import io
 import json
+import pickle
 
 import numpy as np
 import pytest
 
 from tests.evaluation import bccd
-from utils import coco
+from utils.coco import COCO_CATEGORY_IDS, category_ids, ground_truth, image_ids, load_annotations
+from utils.coco_ap import Detections, evaluate_coco, here
 from utils.errors import DataError
+from utils.helpers import Helpers
 
 
 def by_pycocotools(truth, detections):
@@ -30,50 +33,87 @@ def by_pycocotools(truth, detections):
 def bccd_as_coco(ids):
     pairs = bccd.load()
     categories = (0, 1, 2)
-    truth = coco.ground_truth(ids, [bccd.SIZE] * len(pairs), [labels for _, labels in pairs], bccd.NAMES, categories)
-    found = [entry for i, (rows, _) in zip(ids, pairs) for entry in coco.detections_to_coco(i, rows, categories)]
-    return truth, found
+    truth = ground_truth(ids, [bccd.SIZE] * len(pairs), [labels for _, labels in pairs], bccd.NAMES, categories)
+    return truth, Detections.of(ids, [rows for rows, _ in pairs], categories)
 
 
 def test_equals_pycocotools_on_bccd():
     truth, found = bccd_as_coco(range(1, 88))
-    stats = coco.evaluate_coco(truth, found)
-    np.testing.assert_allclose(list(stats.values()), by_pycocotools(truth, found), atol=1e-6)
+    stats = evaluate_coco(truth, found)
+    np.testing.assert_allclose(list(stats.values()), by_pycocotools(truth, found.entries()), atol=1e-6)
     assert 0.4 < stats["AP"] < stats["AP50"] < 0.95
 
 
 def test_text_ids_and_unknown_images():
+    """An image that is not among the labels, the first, does not count."""
     truth, found = bccd_as_coco([f"img_{i:03}" for i in range(87)])
-    stranger = dict(found[0], image_id="elsewhere")
-    assert coco.evaluate_coco(truth, [*found, stranger]) == coco.evaluate_coco(*bccd_as_coco(range(87)))
+    for part in ("images", "annotations"):
+        truth[part] = [entry for entry in truth[part] if "img_000" not in (entry["id"], entry.get("image_id"))]
+    without, others = bccd_as_coco(range(87))
+    without["annotations"] = [entry for entry in without["annotations"] if entry["image_id"] != 0]
+    assert evaluate_coco(truth, found) == evaluate_coco(without, others[others.image != 0])
 
 
 def test_no_detections_at_all_is_zero():
-    truth, _ = bccd_as_coco(range(87))
-    assert coco.evaluate_coco(truth, [])["AP"] == 0
+    truth, found = bccd_as_coco(range(87))
+    assert evaluate_coco(truth, found[found.image < 0])["AP"] == 0
 
 
 def test_inputs_are_not_changed():
     truth, found = bccd_as_coco(range(87))
-    before = json.dumps([truth, found])
-    coco.evaluate_coco(truth, found)
-    assert json.dumps([truth, found]) == before
+    before = json.dumps([truth, found.entries()])
+    evaluate_coco(truth, found)
+    assert json.dumps([truth, found.entries()]) == before
+
+
+@pytest.mark.parametrize("shares", [2, 3, 7])
+def test_classes_dealt_out_give_the_same_numbers_to_the_last_bit(shares):
+    """With category numbers in another order than the categories are listed, one without labels, one without
+    detections, and detections of one that is not listed."""
+    rng = np.random.default_rng(shares)
+    labels, rows = [], []
+    for _ in range(12):
+        corners = rng.uniform(0, 200, (9, 2))
+        boxes = np.concatenate((corners, corners + rng.uniform(10, 60, (9, 2))), 1)
+        labels.append(np.concatenate((rng.integers(0, 4, (9, 1)), boxes), 1))
+        moved = boxes[rng.integers(0, 9, 40)] + rng.normal(0, 4, (40, 4))
+        rows.append(np.concatenate((moved, rng.random((40, 1)).round(1), rng.integers(1, 6, (40, 1))), 1))
+    categories = (11, 5, 7, 3, 90, 4)
+    truth = ground_truth(range(12), [(260, 260)] * 12, labels, dict(enumerate("abcde")), categories)
+    found = Detections.of(range(12), rows, categories)
+    calls = []
+
+    def run(function, arguments):
+        calls.extend(arguments)
+        return here(function, pickle.loads(pickle.dumps(arguments)))
+
+    expected = evaluate_coco(truth, found)
+    assert evaluate_coco(truth, found, run, shares) == expected and 0 < expected["AP"] < 1
+    assert sorted(kind for call in calls for kind in call[0]) == [3, 5, 7, 11, 90] and len(calls) == min(shares, 5)
+    known = found[np.isin(found.categories, [3, 5, 7, 11, 90])]
+    np.testing.assert_allclose(list(expected.values()), by_pycocotools(truth, known.entries()), atol=1e-12)
+
+
+def test_helpers_evaluate_the_classes():
+    truth, found = bccd_as_coco(range(87))
+    with Helpers(cores=8, modules=["faster_coco_eval"]) as helpers:
+        assert evaluate_coco(truth, found, helpers.results, helpers.count) == evaluate_coco(truth, found)
 
 
 def test_image_ids():
-    assert coco.image_ids(["a/000042.jpg", "a/cat.jpg", "a/1e3.jpg"]) == [42, "cat", "1e3"]
-    assert coco.image_ids(["a/7.jpg", "b/07.jpg"]) == ["a/7.jpg", "b/07.jpg"]  # both would be 7
+    assert image_ids(["a/000042.jpg", "a/cat.jpg", "a/1e3.jpg"]) == [42, "cat", "1e3"]
+    assert image_ids(["a/7.jpg", "b/07.jpg"]) == ["a/7.jpg", "b/07.jpg"]  # both would be 7
 
 
 def test_category_ids():
-    assert coco.category_ids(["/data/coco/val2017.txt"], 80)[-1] == 90
-    assert len(coco.COCO_CATEGORY_IDS) == 80 and coco.COCO_CATEGORY_IDS[11] == 13
-    assert coco.category_ids(["/data/coco/val2017.txt"], 3) == (0, 1, 2)
-    assert coco.category_ids(["/data/other/val"], 80) == tuple(range(80))
+    assert category_ids(["/data/coco/val2017.txt"], 80)[-1] == 90
+    assert len(COCO_CATEGORY_IDS) == 80 and COCO_CATEGORY_IDS[11] == 13
+    assert category_ids(["/data/coco/val2017.txt"], 3) == (0, 1, 2)
+    assert category_ids(["/data/other/val"], 80) == tuple(range(80))
 
 
 def test_result_entries_are_rounded():
-    entry = coco.detections_to_coco(3, np.array([[1.00049, 2, 11.12345, 22.5, 0.1234567, 1]]), (1, 5))
+    entry = Detections.of([3], [np.array([[1.00049, 2, 11.12345, 22.5, 0.1234567, 1]])], (1, 5)).entries()
     assert entry == [{"image_id": 3, "category_id": 5, "bbox": [1.0, 2.0, 10.123, 20.5], "score": 0.12346}]
     assert json.dumps(entry)
 
@@ -83,7 +123,7 @@ def test_foreign_annotation_file_is_one_line(tmp_path, text):
     file = tmp_path / "annotations.json"
     file.write_text(text)
     with pytest.raises(DataError, match="not a COCO annotation file"):
-        coco.load_annotations(file)
+        load_annotations(file)
 
 
 def test_what_the_evaluation_does_not_look_at_may_be_left_out():
@@ -97,13 +137,11 @@ def test_what_the_evaluation_does_not_look_at_may_be_left_out():
         scores = rng.integers(0, 12, (300, 1)) / 12 + rng.uniform(-2e-6, 2e-6, (300, 1))
         moved = boxes[rng.integers(0, 12, 300)] + rng.normal(0, 5, (300, 4))
         found.append(np.concatenate((moved, scores, rng.choice(2, (300, 1), p=[0.8, 0.2])), 1))
-    names, ids = {0: "a", 1: "b"}, list(range(8))
-    truth = coco.ground_truth(ids, [(260, 260)] * 8, labels, names, (0, 1))
-    whole = [entry for i, rows in zip(ids, found) for entry in coco.detections_to_coco(i, rows, (0, 1))]
-    kept = [coco.most_confident(rows) for rows in found]
-    fewer = [entry for i, rows in zip(ids, kept) for entry in coco.detections_to_coco(i, rows, (0, 1))]
-    assert len(fewer) < 0.7 * len(whole) and all((rows[:, 5] == 0).sum() == 100 for rows in kept)
-    expected = coco.evaluate_coco(truth, whole)
-    assert coco.evaluate_coco(truth, fewer) == expected and expected["AP"] > 0.1
-    assert np.array_equal(coco.most_confident(found[0][:100]), found[0][:100])
-    assert coco.most_confident(np.empty((0, 6))).shape == (0, 6)
+    found = Detections.of(range(8), found, (0, 1))
+    kept = found.most_confident()
+    assert len(kept) < 0.7 * len(found) and (np.bincount(kept.image[kept.categories == 0]) == 100).all()
+    truth = ground_truth(range(8), [(260, 260)] * 8, labels, {0: "a", 1: "b"}, (0, 1))
+    expected = by_pycocotools(truth, found.entries())
+    np.testing.assert_allclose(by_pycocotools(truth, kept.entries()), expected, atol=0)
+    np.testing.assert_allclose(list(evaluate_coco(truth, found).values()), expected, atol=1e-12)
+    assert len(kept.most_confident()) == len(kept) and len(found[found.image < 0].most_confident()) == 0

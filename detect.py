@@ -16,7 +16,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from deploy.formats import format_of
 from utils.cli import (
@@ -32,6 +32,9 @@ from utils.cli import (
 )
 from utils.errors import ConfigError, end_process, run_cli
 from utils.files import ROOT
+
+if TYPE_CHECKING:
+    import torch
 
 
 def build_parser() -> Parser:
@@ -114,13 +117,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     from engine.window import Window
     from engine.writers import ResultWriter
     from utils.console import LOGGER, plural, setup_console
+    from utils.device import few_threads, select_device
     from utils.files import new_run_dir
     from utils.sources import open_source
 
     setup_console()
     window = Window() if args.view_img else None
-    with open_source(args.source, args.vid_stride) as source:
-        detector = open_detector(args)
+    device = select_device(args.device)
+    with few_threads(device), open_source(args.source, args.vid_stride) as source:
+        detector = open_detector(args, device)
         imgsz = detector.round_size(args.imgsz)
         options = output_options(args)
         folder = Path(args.project) / args.name
@@ -143,16 +148,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 130 if summary.interrupted else 1 if source.failed or not summary.frames else 0
 
 
-def open_detector(args: argparse.Namespace) -> Any:
+def open_detector(args: argparse.Namespace, device: torch.device) -> Any:
     """The weights on the device, set up as the flags say. Raises ConfigError, CheckpointError."""
     from deploy.runtime import open_model
     from models.api import Detector
     from models.sampling import dcn_layers
     from models.surgery import use_dcn_backend
     from utils.console import LOGGER
-    from utils.device import describe_device, graphs_allowed, select_device
+    from utils.device import describe_device, graphs_allowed
 
-    device = select_device(args.device)
     detector = Detector(
         open_model(args.weights, device, args.cfg),
         device,

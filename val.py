@@ -133,7 +133,7 @@ def carry_out(args: argparse.Namespace, data: DataConfig, helpers: Helpers | Non
 
     from models.surgery import use_dcn_backend
     from utils.console import LOGGER, setup_console
-    from utils.device import half_dtype, select_device
+    from utils.device import few_threads, half_dtype, select_device
     from utils.files import new_run_dir
 
     setup_console()
@@ -151,13 +151,14 @@ def carry_out(args: argparse.Namespace, data: DataConfig, helpers: Helpers | Non
         LOGGER.warning(f"--conf-thres {args.conf_thres}: above 0.001 the curves end early and mAP is too low")
     if args.save_hybrid:
         LOGGER.warning("--save-hybrid: labels take part in NMS, so precision, recall and mAP are inflated")
-    models = [load(group, data, device, args) for group in weight_groups(args)]
-    for model in models:
-        use_dcn_backend(model, args.dcn_backend, device, args.amp_dtype or torch.float32)
-    folder = new_run_dir(args.project, args.name, args.exist_ok)
-    if args.task == "study":
-        return study(args, data, models, device, folder)
-    return validate(args, data, models[0], device, folder, helpers)
+    with few_threads(device):
+        models = [load(group, data, device, args) for group in weight_groups(args)]
+        for model in models:
+            use_dcn_backend(model, args.dcn_backend, device, args.amp_dtype or torch.float32)
+        folder = new_run_dir(args.project, args.name, args.exist_ok)
+        if args.task == "study":
+            return study(args, data, models, device, folder)
+        return validate(args, data, models[0], device, folder, helpers)
 
 
 def weight_groups(args: argparse.Namespace) -> list[list[str]]:

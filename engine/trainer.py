@@ -48,7 +48,7 @@ from models.surgery import fuse, set_dcn_backend
 from utils.config import DataConfig, Hyp, TrainConfig
 from utils.console import LOGGER, plural, setup_console
 from utils.dcn_watch import DcnWatch
-from utils.device import describe_device, seed_everything, select_device
+from utils.device import describe_device, few_threads, seed_everything, select_device
 from utils.dist import World, broadcast, close_distributed, gather, init_distributed, meet, share_weights
 from utils.early_stopping import EarlyStopping
 from utils.errors import ConfigError
@@ -70,7 +70,7 @@ def train(cfg: TrainConfig, hyp: Hyp, data: DataConfig, notes: Sequence[str] = (
     device = select_device(cfg.device, world.local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # pinning and NCCL's barriers take the current one: not a GPU nobody asked for
-    with PeerWatch(world, cfg.ddp_timeout) as watch:
+    with few_threads(device), PeerWatch(world, cfg.ddp_timeout) as watch:
         run_dir = _train(cfg, hyp, data, notes, device, world, watch)
         meet(world)
     close_distributed(world)

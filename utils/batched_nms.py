@@ -31,7 +31,7 @@ def suppress(boxes: Tensor, images: Tensor, count: int, iou_thres: float, most: 
     ends = torch.minimum(starts[1:], starts[:-1] + most)
     longest = int((ends - starts[:-1]).max()) if count else 0
     side = min(longest, BLOCK)
-    portion = max(1, MOST_PAIRS // max(side * max(side, min(longest, max_det)), 1))
+    portion = max(1, MOST_PAIRS // max(side * (side + min(longest - side, max_det)), 1))
     kept: list[Tensor] = []
     for first in range(0, count, portion):
         part = slice(first, first + portion)
@@ -42,48 +42,56 @@ def suppress(boxes: Tensor, images: Tensor, count: int, iou_thres: float, most: 
 def _suppress_portion(
     boxes: Tensor, starts: Tensor, ends: Tensor, longest: int, iou_thres: float, max_det: int
 ) -> list[Tensor]:
-    """Some images, block by block: what stays so far meets the next block, whose boxes then meet each other."""
+    """Some images, block by block: the boxes of a block meet each other and what stays so far."""
     kept = starts.new_zeros(len(starts), 0)
     staying = torch.zeros_like(kept, dtype=torch.bool)
     for begin in range(0, longest, BLOCK):
         block = starts[:, None] + torch.arange(begin, min(begin + BLOCK, longest), device=boxes.device)
-        valid, block = block < ends[:, None], block.clamp(max=max(len(boxes) - 1, 0))
-        its_boxes = boxes[block]
-        if begin:
-            valid &= ~(_overlaps(boxes[kept], its_boxes, iou_thres) & staying[:, :, None]).any(1)
+        valid, block = block < ends[:, None], block.clamp_(max=max(len(boxes) - 1, 0))
         pool = torch.cat((kept, block), 1)
-        stays = torch.cat((staying, greedy(its_boxes, valid, iou_thres)), 1)
-        order = (~stays).to(torch.uint8).argsort(dim=1, stable=True)[:, :max_det]  # those that stay move to the front
+        stays = torch.cat((staying, greedy(boxes[pool], staying, valid, iou_thres)), 1)
+        order = stays.argsort(dim=1, descending=True, stable=True)[:, :max_det]  # those that stay move to the front
         kept, staying = pool.gather(1, order), stays.gather(1, order)
         if begin + BLOCK < longest and kept.shape[1] == max_det and bool(staying.all()):
             break
     return [row[:n] for row, n in zip(kept, staying.sum(1).tolist())]
 
 
-def greedy(boxes: Tensor, valid: Tensor, iou_thres: float) -> Tensor:
-    """(B, K) bool: which of the corner boxes (B, K, 4), best first, stay; those not ``valid`` (B, K) neither stay nor
-    suppress."""
-    number = torch.arange(boxes.shape[1], device=boxes.device)
-    hides = (_overlaps(boxes, boxes, iou_thres) & (number[:, None] < number)).to(
-        torch.float16 if boxes.is_cuda else torch.float32
-    )  # [i, j]: i is better and overlaps j. As numbers, because a product of matrices counts fastest
-    stays = valid
+def greedy(boxes: Tensor, staying: Tensor, valid: Tensor, iou_thres: float) -> Tensor:
+    """(B, K) bool: which boxes of a block stay.
+
+    ``boxes`` (B, M + K, 4) corners, best first: M of earlier blocks, which are there for good where ``staying`` (B, M),
+    and those of the block, of which those not ``valid`` (B, K) neither stay nor suppress. As few operations as it goes:
+    a GPU takes longer to be told of them than to do them.
+    """
+    earlier = staying.shape[1]
+    # as numbers, because a product of matrices counts fastest: 16 bits hold them where GPUs multiply these, which do
+    # not count beyond "some"
+    number = torch.float16 if boxes.is_cuda else torch.float32
+    # [i, j]: i overlaps j and is better
+    hides = _overlaps(boxes, earlier, iou_thres).to(number).triu_(1 - earlier)
+    free = valid[:, None].to(number)
+    if earlier:
+        free *= staying[:, None].to(number) @ hides[:, :earlier] == 0
+    hides, stays = hides[:, earlier:], free
     while True:
-        before = stays
         for _ in range(ROUNDS):
-            before, hidden = stays, (stays[:, None].to(hides.dtype) @ hides)[:, 0] > 0
-            stays = valid & ~hidden
+            before, stays = stays, (stays @ hides == 0) * free
         if torch.equal(stays, before):
-            return stays
+            return stays[:, 0] > 0
 
 
-def _overlaps(a: Tensor, b: Tensor, iou_thres: float) -> Tensor:
-    """Corner boxes (B, K, 4) and (B, L, 4) -> (B, K, L) bool, by torchvision's formula: no epsilon, so that boxes
-    without an area overlap nothing."""
-    (left, top, right, bottom), (left_b, top_b, right_b, bottom_b) = a.unbind(2), b.unbind(2)
-    area, area_b = (right - left) * (bottom - top), (right_b - left_b) * (bottom_b - top_b)
-    width = torch.minimum(right[:, :, None], right_b[:, None]).sub_(torch.maximum(left[:, :, None], left_b[:, None]))
-    height = torch.minimum(bottom[:, :, None], bottom_b[:, None]).sub_(torch.maximum(top[:, :, None], top_b[:, None]))
-    inter = width.clamp_(min=0).mul_(height.clamp_(min=0))
-    union = (area[:, :, None] + area_b[:, None]).sub_(inter)
+def _overlaps(boxes: Tensor, first: int, iou_thres: float) -> Tensor:
+    """Corner boxes (B, K, 4) -> (B, K, K - first) bool, all with those from ``first`` on; by torchvision's formula: no
+    epsilon, so that boxes without an area overlap nothing."""
+    low, high = boxes[:, :, None, :2], boxes[:, :, None, 2:]
+    others = boxes[:, None, first:]
+    area = _area(boxes[..., 2:] - boxes[..., :2])
+    inter = _area(torch.minimum(high, others[..., 2:]).sub_(torch.maximum(low, others[..., :2])).clamp_(min=0))
+    union = (area[:, :, None] + area[:, None, first:]).sub_(inter)
     return inter.div_(union) > iou_thres
+
+
+def _area(sides: Tensor) -> Tensor:
+    """(..., 2) widths and heights -> (...)."""
+    return sides[..., 0] * sides[..., 1]

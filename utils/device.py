@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 
 from utils.console import LOGGER
 from utils.errors import ConfigError
+
+MOST_THREADS = 4
+"""Of torch's work on the CPU beside a GPU, see :func:`few_threads`."""
 
 AMP_CHOICES = ("auto", "bf16", "fp16", "off")
 
@@ -51,6 +56,22 @@ def describe_device(device: torch.device) -> str:
         return device.type.upper()
     properties = torch.cuda.get_device_properties(device)
     return f"CUDA:{device.index or 0} ({properties.name}, {properties.total_memory // 2**20}MiB)"
+
+
+@contextmanager
+def few_threads(device: torch.device) -> Iterator[None]:
+    """Inside, torch's work on the CPU uses up to MOST_THREADS threads if the model runs on a GPU.
+
+    What is left to the CPU then is small, and by default every piece of it waits for as many threads as there are
+    cores, on which loader processes and helpers run. ``OMP_NUM_THREADS``, where it is set, stays.
+    """
+    usual = torch.get_num_threads()
+    if device.type == "cuda" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(min(usual, MOST_THREADS))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(usual)
 
 
 def seed_everything(seed: int, deterministic: bool = False) -> None:

@@ -219,9 +219,13 @@ def validate(
     draws = not (speed_only or args.noplots)
     observers = [labels, None if speed_only else collector, BatchPictures(folder, data.names) if draws else None]
     metrics = one_pass(args, data, model, device, [observer for observer in observers if observer])
+    LOGGER.info(metrics.table(data.names, args.verbose or data.nc < 50))
+    coco_stats = begin_coco(collector, data, helpers) if metrics.labels and not speed_only else dict
     if draws:
         save_curves(metrics, data.names, folder, helpers.draw)
-    metrics = _reported(args, data, folder, metrics, None if speed_only else collector, helpers)
+    if not speed_only and (args.save_json or collector.is_coco):
+        collector.save(folder / f"{Path(args.weights[0]).stem}_predictions.json")
+    metrics = dataclasses.replace(metrics, coco=coco_stats())
     if helpers:
         helpers.close()
     LOGGER.info(metrics.speed_line())
@@ -231,47 +235,33 @@ def validate(
     return metrics
 
 
-def _reported(
-    args: argparse.Namespace,
-    data: DataConfig,
-    folder: Path,
-    metrics: Metrics,
-    collector: CocoCollector | None,
-    helpers: Helpers | None,
-) -> Metrics:
-    """The metrics with COCO's numbers, after the table and, where asked for, the JSON; only the table without
-    ``collector``."""
-    from utils.console import LOGGER
-
-    LOGGER.info(metrics.table(data.names, args.verbose or data.nc < 50))
-    if collector is None:
-        return metrics
-    if args.save_json or collector.is_coco:
-        collector.save(folder / f"{Path(args.weights[0]).stem}_predictions.json")
-    return dataclasses.replace(metrics, coco=coco_stats(collector, data, helpers)) if metrics.labels else metrics
-
-
 def split_of(args: argparse.Namespace) -> str:
     """The split that a task reads."""
     return args.task if args.task in ("train", "test") else "val"
 
 
-def coco_stats(collector: CocoCollector, data: DataConfig, helpers: Helpers | None) -> dict[str, float]:
-    """COCO's own numbers, printed in one line: against COCO's annotation file where it is, else against the labels."""
+def begin_coco(collector: CocoCollector, data: DataConfig, helpers: Helpers | None) -> Callable[[], dict[str, float]]:
+    """Begin with COCO's own numbers: against COCO's annotation file where it is, else against the labels. Returns what
+    waits for them and prints them in one line."""
     from utils.console import LOGGER
 
     name = "annotations/instances_val2017.json"
     places = [data.root / name, ROOT.parent / "datasets/coco" / name] if collector.is_coco else []
     annotations = next((place for place in places if place.is_file()), None)
     try:
-        stats = collector.stats(annotations, helpers)
+        evaluation = collector.begin(annotations, helpers)
     except MissingPackage as error:  # the familiar mAP is printed without it
         LOGGER.warning(str(error))
-        return {}
-    shown = ", ".join(f"{key} {stats[key]:.3f}" for key in ("AP50", "AP75", "AP_small", "AP_medium", "AP_large"))
-    against = annotations or "the labels"
-    LOGGER.info(f"COCO AP {stats['AP']:.3f} ({shown}; pycocotools' definition, against {against})")
-    return stats
+        return dict
+
+    def told() -> dict[str, float]:
+        stats = evaluation.stats()
+        shown = ", ".join(f"{key} {stats[key]:.3f}" for key in ("AP50", "AP75", "AP_small", "AP_medium", "AP_large"))
+        against = annotations or "the labels"
+        LOGGER.info(f"COCO AP {stats['AP']:.3f} ({shown}; pycocotools' definition, against {against})")
+        return stats
+
+    return told
 
 
 def one_pass(

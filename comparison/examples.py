@@ -15,7 +15,7 @@ from models.results import draw_boxes
 from utils.console import LOGGER
 from utils.errors import DataError
 from utils.images import read_image
-from utils.metrics import match_predictions
+from utils.matching import match_predictions
 from utils.plots import class_colour, draw_detections
 from utils.safe_names import printable
 
@@ -58,7 +58,7 @@ def image_f1(detections: np.ndarray, labels: np.ndarray) -> float:
     sure = detections[detections[:, 4] >= CONFIDENCE]
     if not len(sure) and not len(labels):
         return 1.0
-    right = int(match_predictions(sure, labels, np.array([0.5])).sum())
+    right = int(match_predictions([sure], [labels], np.array([0.5])).sum())
     return 2 * right / (len(sure) + len(labels))
 
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from comparison.groups import Bins
-from utils.metrics import best_labels, iou_thresholds, match_predictions
+from utils.matching import best_labels, match_predictions
+from utils.metrics import iou_thresholds
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,15 +57,10 @@ class Matched:
 def match(found: Predictions) -> Matched:
     """Match each image's detections with its labels."""
     thresholds = iou_thresholds()
-    rows = len(found.detections)
-    hit, iou, label = np.zeros((rows, len(thresholds)), bool), np.full(rows, -1, np.float32), np.full(rows, -1)
-    for index in range(len(found.paths)):
-        detections, labels = found.of_image(index)
-        if len(detections) and len(labels):
-            here = slice(found.detection_offsets[index], found.detection_offsets[index + 1])
-            hit[here] = match_predictions(detections, labels, thresholds)
-            iou[here], best = best_labels(detections, labels)
-            label[here] = np.where(iou[here] >= 0, best + found.label_offsets[index], -1)
+    detections, labels = zip(*map(found.of_image, range(len(found.paths)))) if found.paths else ((), ())
+    hit = match_predictions(detections, labels, thresholds)
+    iou, label = best_labels(detections, labels)
+    label[iou < 0] = -1
     order = np.argsort(-found.detections[:, 4], kind="stable")
     numbers = np.arange(len(found.paths))
     return Matched(

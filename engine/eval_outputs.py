@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from utils import coco, curves
+from utils import coco, coco_ap, curves
 from utils.background import Background
-from utils.coco_ap import Detections, evaluate_coco
 from utils.console import LOGGER
 from utils.files import atomic_write
 from utils.labels import format_detections
@@ -54,7 +53,7 @@ class LabelWriter:
 
 
 class CocoCollector:
-    """Keeps all detections and labels for COCO's evaluation. Call :meth:`stats` and :meth:`save` afterwards."""
+    """Keeps all detections and labels for COCO's evaluation. Call :meth:`begin` and :meth:`save` afterwards."""
 
     def __init__(self, names: Mapping[int, str], categories: Sequence[int]) -> None:
         self.names, self.categories = names, categories
@@ -64,26 +63,25 @@ class CocoCollector:
     def __call__(self, batch: Batch, detections: Sequence[Tensor], results: Sequence[ImageResult]) -> None:
         self._results += results
 
-    def detections(self) -> Detections:
+    def detections(self) -> coco_ap.Detections:
         """All that was found."""
-        return Detections.of(self._ids(), [result.detections for result in self._results], self.categories)
+        return coco_ap.Detections.of(self._ids(), [result.detections for result in self._results], self.categories)
 
     def save(self, file: Path) -> None:
-        """Write the result file, one detection a line: all that was found, also what :meth:`stats` does not look at."""
+        """Write the result file, one detection a line: all that was found, also what :meth:`begin` leaves out."""
         entries = self.detections().entries()
         atomic_write(file, "[" + ",\n".join(json.dumps(entry) for entry in entries) + "]\n")
 
-    def stats(self, annotations: Path | None = None, helpers: Helpers | None = None) -> dict[str, float]:
-        """COCO's numbers, against this annotation file, or against the labels seen during the evaluation; computed by
-        ``helpers`` if there is more than one."""
+    def begin(self, annotations: Path | None = None, helpers: Helpers | None = None) -> coco_ap.Evaluation:
+        """COCO's numbers, against this annotation file, or against the labels seen during the evaluation: computed by
+        ``helpers`` from now on if there is more than one, else when asked for."""
         if annotations is None:
             sizes, labels = [r.size for r in self._results], [r.labels for r in self._results]
             truth = coco.ground_truth(self._ids(), sizes, labels, self.names, self.categories)
         else:
             truth = coco.load_annotations(annotations)
-        if helpers is None or helpers.count == 1:
-            return evaluate_coco(truth, self.detections())
-        return evaluate_coco(truth, self.detections(), helpers.results, helpers.count)
+        shared = (helpers.begin, helpers.count) if helpers and helpers.count > 1 else ()
+        return coco_ap.Evaluation(truth, self.detections(), *shared)
 
     def _ids(self) -> list[int | str]:
         return coco.image_ids([result.path for result in self._results])

@@ -22,7 +22,8 @@ from utils.confusion import ConfusionMatrix
 from utils.console import LOGGER, progress
 from utils.device import to_network_input
 from utils.dist import World, gather_to_main
-from utils.metrics import TABLE_HEADER, Metrics, ap_per_class, iou_thresholds, match_predictions
+from utils.matching import joined, match_predictions
+from utils.metrics import TABLE_HEADER, Metrics, ap_per_class, iou_thresholds
 from utils.nms import non_max_suppression
 from utils.stages import STAGES, StageTimes
 
@@ -175,19 +176,26 @@ def _labels_in_pixels(targets: Tensor, shape: Sequence[int]) -> list[Tensor]:
 
 def _results(batch: Batch, detections: Sequence[Tensor], single_cls: bool) -> list[ImageResult]:
     """Detections and labels of a batch in pixels of the original images."""
-    height, width = batch.images.shape[2:]
-    results = []
-    for index, labels in enumerate(_labels_in_pixels(batch.targets.cpu(), batch.images.shape)):
-        letterbox = batch.letterboxes[index]
-        way_back = ((height, width), letterbox.original, letterbox.ratio[1], letterbox.pad)
-        rows, labels = detections[index].numpy().copy(), labels.numpy()
-        rows[:, :4] = scale_to_original(rows[:, :4], *way_back)
-        labels[:, 1:] = scale_to_original(cxcywh_to_xyxy(labels[:, 1:]), *way_back)
-        if single_cls:
-            rows[:, 5], labels[:, 0] = 0, 0
-        rows, labels = torch.from_numpy(rows), torch.from_numpy(labels)
-        results.append(ImageResult(batch.paths[index], tuple(letterbox.original), rows, labels))
-    return results
+    labels = _labels_in_pixels(batch.targets.cpu(), batch.images.shape)
+    found, given = joined(detections, 6), joined(labels, 5)
+    found[:, :4] = _in_originals(found[:, :4], detections, batch)
+    given[:, 1:] = _in_originals(cxcywh_to_xyxy(given[:, 1:]), labels, batch)
+    if single_cls:
+        found[:, 5], given[:, 0] = 0, 0
+    found = torch.from_numpy(found).split([len(rows) for rows in detections])
+    given = torch.from_numpy(given).split([len(rows) for rows in labels])
+    sizes = [tuple(box.original) for box in batch.letterboxes]
+    return [ImageResult(*parts) for parts in zip(batch.paths, sizes, found, given)]
+
+
+def _in_originals(boxes: np.ndarray, parts: Sequence[Tensor], batch: Batch) -> np.ndarray:
+    """(n, 4) corners in network pixels, ``parts`` of each image, in pixels of the original images."""
+    image = np.repeat(np.arange(len(parts)), [len(rows) for rows in parts])
+    ratio = np.array([box.ratio[1] for box in batch.letterboxes])[image]
+    pad, original = (
+        np.array([getattr(box, name) for box in batch.letterboxes])[image].T for name in ("pad", "original")
+    )
+    return scale_to_original(boxes, tuple(batch.images.shape[2:]), tuple(original), ratio, tuple(pad))
 
 
 class _Tally:
@@ -203,13 +211,14 @@ class _Tally:
 
     def add(self, results: Sequence[ImageResult]) -> None:
         """Match the images of a batch."""
-        thresholds = iou_thresholds()
+        found, labels = (
+            [part.numpy() for part in parts] for parts in zip(*((r.detections, r.labels) for r in results))
+        )
         self.images += len(results)
-        self.correct.append(np.concatenate([match_predictions(r.detections, r.labels, thresholds) for r in results]))
-        self.detections.append(np.concatenate([r.detections.numpy() for r in results]))
-        self.targets.append(np.concatenate([r.labels[:, 0].numpy() for r in results]))
-        for result in results:
-            self.confusion.update(result.detections, result.labels)
+        self.correct.append(match_predictions(found, labels, iou_thresholds()))
+        self.detections.append(np.concatenate(found))
+        self.targets.append(np.concatenate(labels)[:, 0])
+        self.confusion.update(found, labels)
 
 
 class _Losses:

@@ -26,10 +26,10 @@ utils.errors utils.console utils.boxes utils.augmentations utils.frames utils.cr
     utils.early_stopping utils.background utils.ema utils.nan_search utils.stages utils.torch_legacy \
     utils.cuda_recording utils.gc_pause models.activations models.offsets models.ops.deform_conv
 utils.files utils.run_lock utils.torch_file utils.npz utils.device utils.dist utils.images utils.label_table \
-    utils.labels utils.mosaic utils.plots utils.curves utils.metrics utils.confusion utils.coco utils.coco_ap \
+    utils.labels utils.mosaic utils.plots utils.curves utils.metrics utils.matching utils.coco utils.coco_ap \
     utils.optim utils.autobatch utils.shared_gradients utils.streams models.common models.forward_graphs models.head
-utils.helpers utils.config utils.checkpoint utils.peer_watch utils.wts utils.loggers utils.label_cache utils.sources \
-    models.extra models.ghost \
+utils.helpers utils.confusion utils.config utils.checkpoint utils.peer_watch utils.wts utils.loggers \
+    utils.label_cache utils.sources models.extra models.ghost \
     models.transformer models.sampling models.spec models.surgery models.deform models.summary models.results
 utils.cli utils.nms utils.check_data utils.image_cache utils.loss utils.schedule models.parser models.map_size \
     models.upstream

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,8 +25,8 @@ MAX_DETECTIONS = 100  # of an image and class, the most that COCO's evaluation t
 STATS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
 STATS += ("AR1", "AR10", "AR100", "AR_small", "AR_medium", "AR_large")
 
-Run = Callable[..., list[Any]]
-"""(function, arguments of each call) -> what the calls returned, in order."""
+Begin = Callable[..., Callable[[], Any]]
+"""(function, arguments) -> what waits for its result."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,38 +82,45 @@ class Detections:
             ]
 
 
-def here(function: Callable[..., Any], calls: Sequence[Sequence[Any]]) -> list[Any]:
-    """Call it in this process; in the place of :meth:`utils.helpers.Helpers.results`."""
-    return [function(*arguments) for arguments in calls]
+def evaluate_coco(truth: Mapping[str, Any], detections: Detections) -> dict[str, float]:
+    """COCO's twelve numbers, see :class:`Evaluation`."""
+    return Evaluation(truth, detections).stats()
 
 
-def evaluate_coco(
-    truth: Mapping[str, Any], detections: Detections, run: Run = here, shares: int = 1
-) -> dict[str, float]:
-    """COCO's twelve numbers (``STATS``: AP, AP50, ...) of ``detections`` against ``truth``, as pycocotools gives them.
+class Evaluation:
+    """COCO's twelve numbers (``STATS``: AP, AP50, ...) of detections against labels, as pycocotools gives them."""
 
-    ``truth``: a COCO annotation mapping. Image ids may be numbers or texts; only images listed in ``truth`` count. -1
-    stands for "no labels of that kind". The classes go to ``run`` in up to ``shares`` calls. Raises MissingPackage
-    without faster-coco-eval.
-    """
-    if not is_installed("faster_coco_eval"):
-        raise MissingPackage("COCO AP", "faster-coco-eval")
-    from faster_coco_eval import COCOeval_faster
+    def __init__(
+        self, truth: Mapping[str, Any], detections: Detections, begin: Begin = partial, shares: int = 1
+    ) -> None:
+        """``truth``: a COCO annotation mapping. Image ids may be numbers or texts; only images listed there count.
 
-    # Both libraries want whole numbers above 0 for images and take annotation id 0 for "unmatched".
-    number = {image["id"]: index for index, image in enumerate(truth["images"], 1)}
-    image = np.array([number.get(i, 0) for i in detections.ids], np.int64)[detections.image]
-    detections = replace(detections, image=image)[image > 0].most_confident()
-    kinds = sorted({category["id"] for category in truth["categories"]})
-    dealt = _dealt(kinds, detections.categories, shares)
-    parts = run(evaluate_classes, [(kinds, *_share(truth, number, detections, kinds)) for kinds in dealt])
+        The classes are evaluated in up to ``shares`` calls, which ``begin`` begins, by itself when they are asked for.
+        Raises MissingPackage without faster-coco-eval.
+        """
+        if not is_installed("faster_coco_eval"):
+            raise MissingPackage("COCO AP", "faster-coco-eval")
+        # Both libraries want whole numbers above 0 for images and take annotation id 0 for "unmatched".
+        number = {image["id"]: index for index, image in enumerate(truth["images"], 1)}
+        image = np.array([number.get(i, 0) for i in detections.ids], np.int64)[detections.image]
+        detections = replace(detections, image=image)[image > 0].most_confident()
+        kinds = sorted({category["id"] for category in truth["categories"]})
+        self._dealt = _dealt(kinds, detections.categories, shares)
+        self._parts = [
+            begin(evaluate_classes, group, *_share(truth, number, detections, group)) for group in self._dealt
+        ]
 
-    evaluation = COCOeval_faster(iouType="bbox", print_function=lambda *_: None)
-    order = np.argsort(np.concatenate([np.zeros(0), *dealt]), kind="stable")
-    precision, recall = (np.concatenate([part[name] for part in parts], -3) for name in ("precision", "recall"))
-    evaluation.eval = {"precision": precision[:, :, order], "recall": recall[:, order]}
-    evaluation.summarize()
-    return {name: float(value) for name, value in zip(STATS, evaluation.stats)}
+    def stats(self) -> dict[str, float]:
+        """Waits for them. -1 stands for "no labels of that kind"."""
+        from faster_coco_eval import COCOeval_faster
+
+        parts = [part() for part in self._parts]
+        evaluation = COCOeval_faster(iouType="bbox", print_function=lambda *_: None)
+        order = np.argsort(np.concatenate([np.zeros(0), *self._dealt]), kind="stable")
+        precision, recall = (np.concatenate([part[name] for part in parts], -3) for name in ("precision", "recall"))
+        evaluation.eval = {"precision": precision[:, :, order], "recall": recall[:, order]}
+        evaluation.summarize()
+        return {name: float(value) for name, value in zip(STATS, evaluation.stats)}
 
 
 def _dealt(kinds: Sequence[int], found: np.ndarray, shares: int) -> list[list[int]]:

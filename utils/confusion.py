@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
-from utils.boxes import box_iou, row_maxima
+from utils.matching import best_labels, joined
 
 
 class ConfusionMatrix:
@@ -17,32 +19,27 @@ class ConfusionMatrix:
         self.nc, self.conf, self.iou = nc, conf, iou
         self.matrix = np.zeros((nc + 1, nc + 1))
 
-    def update(self, detections: np.ndarray, labels: np.ndarray) -> None:
-        """Add one image: ``detections`` (n, 6) corner box in pixels, confidence, class; ``labels`` (m, 5) class, box.
+    def update(self, detections: Sequence[np.ndarray], labels: Sequence[np.ndarray]) -> None:
+        """Add some images: of each ``detections`` (n, 6) corner box in pixels, confidence, class, and ``labels`` (m, 5)
+        class, box.
 
         Two habits of upstream are kept, so that matrices compare: an image without labels adds nothing, and
         detections without a partner count as false alarms only where the image has at least one matched pair.
         """
-        detections, labels = np.asarray(detections, np.float32), np.asarray(labels, np.float32)
-        if len(labels) == 0:
-            return
-        detections = detections[detections[:, 4] > self.conf]
-        true, predicted = labels[:, 0].astype(np.int64), detections[:, 5].astype(np.int64)
-        label_of, detection_of = self._pairs(detections, labels)
+        sure = [rows[rows[:, 4] > self.conf] for rows in (np.asarray(part, np.float32) for part in detections)]
+        found, given = joined(sure, 6), joined(labels, 5)
+        true, predicted = given[:, 0].astype(np.int64), found[:, 5].astype(np.int64)
+        label_of, detection_of = self._pairs(*best_labels(sure, labels, any_class=True))
 
         np.add.at(self.matrix, (predicted[detection_of], true[label_of]), 1)
-        missed = np.delete(true, label_of)
-        np.add.at(self.matrix, (np.full_like(missed, self.nc), missed), 1)
-        if len(detection_of):
-            invented = np.delete(predicted, detection_of)
-            np.add.at(self.matrix, (invented, np.full_like(invented, self.nc)), 1)
+        np.add.at(self.matrix[self.nc], np.delete(true, label_of), 1)  # missed
+        image = np.repeat(np.arange(len(sure)), [len(rows) for rows in sure])
+        invented = np.isin(image, image[detection_of])
+        invented[detection_of] = False
+        np.add.at(self.matrix[:, self.nc], predicted[invented], 1)
 
-    def _pairs(self, detections: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Label and detection indices of the pairs: each detection with its best label, then each label with the best
-        of those."""
-        if len(detections) == 0:
-            return np.zeros(0, int), np.zeros(0, int)
-        best_iou, label = row_maxima(box_iou(detections[:, :4], labels[:, 1:5]))
+    def _pairs(self, best_iou: np.ndarray, label: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Labels and detections of the pairs, given each detection's best label: each label with the best of those."""
         able = np.flatnonzero(best_iou > self.iou)
         able = able[np.argsort(-best_iou[able], kind="stable")]
         matched, first = np.unique(label[able], return_index=True)

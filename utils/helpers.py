@@ -34,11 +34,11 @@ def spare(cores: int | None = None) -> int:
 
 
 class Helpers(AbstractContextManager):
-    """``draw`` gives a function of utils.curves to a helper and returns at once, ``results`` has a function called by
-    all of them; :meth:`close`, or leaving the ``with`` block, waits until all is done. A block left by an exception
-    ends them, as the end of the program does.
+    """``draw`` gives a function of utils.curves to a helper and returns at once, ``begin`` one whose result is asked for
+    later; :meth:`close`, or leaving the ``with`` block, waits until all is done. A block left by an exception ends
+    them, as the end of the program does.
 
-    Helpers start at once, ``count`` of them: :func:`spare`. What one could not do is raised by ``close``.
+    Helpers start at once, ``count`` of them: :func:`spare`. What one could not draw is raised by ``close``.
     """
 
     def __init__(self, cores: int | None = None, modules: Sequence[str] = DRAWING) -> None:
@@ -55,13 +55,21 @@ class Helpers(AbstractContextManager):
         with suppress(BrokenProcessPool):  # the run goes on: close() tells
             self._done.append(self._pool.submit(getattr(curves, name), *arguments))
 
-    def results(self, function: Callable[..., Any], calls: Sequence[Sequence[Any]]) -> list[Any]:
-        """What ``function`` returns for the arguments of each of ``calls``, in order. Function, arguments and results
-        are pickled. Raises what it raises, and ResourceError when a helper was lost."""
+    def begin(self, function: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
+        """Have a function called; returns what waits for its result. Function, arguments and result are pickled.
+        Raises what the function raises, and ResourceError when a helper was lost."""
+
+        def result() -> Any:
+            try:
+                return future.result()
+            except BrokenProcessPool:
+                raise _lost() from None
+
         try:
-            return [future.result() for future in [self._pool.submit(function, *call) for call in calls]]
+            future = self._pool.submit(function, *arguments)
         except BrokenProcessPool:
             raise _lost() from None
+        return result
 
     def close(self) -> None:
         """Wait until everything is done; once. Raises ResourceError when something could not be."""

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from utils.boxes import box_iou, row_maxima
 from utils.stages import speed_line
 
 CURVE_POINTS = 1000
@@ -23,41 +22,6 @@ _EPS = 1e-16
 def iou_thresholds() -> np.ndarray:
     """The ten IoU thresholds 0.50, 0.55, ..., 0.95, float32."""
     return torch.linspace(0.5, 0.95, 10).numpy()
-
-
-def match_predictions(detections: np.ndarray, labels: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
-    """Which detections of one image are true positives, at each IoU threshold.
-
-    ``detections`` (n, 6): x1, y1, x2, y2, confidence, class, by falling confidence. ``labels`` (m, 5): class, x1, y1,
-    x2, y2 in the same pixels. ``thresholds`` (t,). Arrays or CPU tensors. Returns (n, t) bool.
-
-    A detection belongs to the label of its class that it overlaps most. Of the detections that belong to a label and
-    reach the threshold, the most confident one is the true positive, not the one that fits best. (COCO's rule
-    differs: there each detection, by confidence, takes the best label that is still free.)
-    """
-    correct = np.zeros((len(detections), len(thresholds)), bool)
-    if len(detections) == 0 or len(labels) == 0:
-        return correct
-    best_iou, best_label = best_labels(detections, labels)
-    thresholds = np.asarray(thresholds, np.float32)
-    order = np.argsort(best_label, kind="stable")  # label by label, by falling confidence within
-    able = best_iou[order, None] >= thresholds
-    so_far = able.cumsum(0)
-    starts = np.searchsorted(best_label[order], best_label[order])  # where each one's label begins
-    before = np.where(starts[:, None] > 0, so_far[starts - 1], 0)
-    correct[order] = able & (so_far - before == 1)
-    return correct
-
-
-def best_labels(detections: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The label of its class that each detection of one image overlaps most: IoU (n,) float32 and row of ``labels``
-    (n,) int64; IoU -1 where there is no label of its class. Arguments as :func:`match_predictions`, one label or more.
-    """
-    # numpy, as in utils/confusion.py: its calls on few boxes take less than half of torch's
-    detections, labels = np.asarray(detections, np.float32), np.asarray(labels, np.float32)
-    iou = box_iou(detections[:, :4], labels[:, 1:5])
-    iou[detections[:, 5:6] != labels[None, :, 0]] = -1
-    return row_maxima(iou)
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,9 +73,9 @@ def smooth(y: np.ndarray, fraction: float = 0.05) -> np.ndarray:
 def ap_per_class(tp: np.ndarray, conf: np.ndarray, pred_cls: np.ndarray, target_cls: np.ndarray) -> ClassMetrics:
     """Average precision of every class that has labels.
 
-    ``tp`` (n, t) bool from :func:`match_predictions`, column 0 at IoU 0.5; ``conf`` (n,), ``pred_cls`` (n,) of the
-    detections of all images; ``target_cls`` (m,) of the labels. Equal confidences keep the order given. A class
-    without detections has AP, P and R 0.
+    ``tp`` (n, t) bool from :func:`utils.matching.match_predictions`, column 0 at IoU 0.5; ``conf`` (n,), ``pred_cls``
+    (n,) of the detections of all images; ``target_cls`` (m,) of the labels. Equal confidences keep the order given. A
+    class without detections has AP, P and R 0.
     """
     conf, pred_cls = np.asarray(conf), np.asarray(pred_cls)
     by_class_and_conf = np.lexsort((-conf, pred_cls))  # stable, last key first

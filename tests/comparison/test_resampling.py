@@ -8,7 +8,8 @@ import pytest
 from comparison.groups import COCO_AREAS, Bins, ratio_bins, size_bins
 from comparison.matching import Predictions, everything, in_bin, match
 from comparison.resampling import average_precisions, draw_weights, mean_ap
-from utils.metrics import ap_per_class, iou_thresholds, match_predictions
+from utils.matching import match_predictions
+from utils.metrics import ap_per_class, iou_thresholds
 
 NC = 3
 
@@ -43,7 +44,7 @@ def plain(found: Predictions, times: np.ndarray) -> tuple[np.ndarray, np.ndarray
     for image, count in enumerate(times):
         rows, labels = found.of_image(image)
         for _ in range(int(count)):
-            correct.append(match_predictions(rows, labels, iou_thresholds()))
+            correct.append(match_predictions([rows], [labels], iou_thresholds()))
             detections.append(rows)
             targets.append(labels[:, 0])
     rows = np.concatenate(detections)

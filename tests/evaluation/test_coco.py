@@ -4,13 +4,14 @@ import contextlib
 import io
 import json
 import pickle
+from functools import partial
 
 import numpy as np
 import pytest
 
 from tests.evaluation import bccd
 from utils.coco import COCO_CATEGORY_IDS, category_ids, ground_truth, image_ids, load_annotations
-from utils.coco_ap import Detections, evaluate_coco, here
+from utils.coco_ap import Detections, Evaluation, evaluate_coco
 from utils.errors import DataError
 from utils.helpers import Helpers
 
@@ -83,12 +84,12 @@ def test_classes_dealt_out_give_the_same_numbers_to_the_last_bit(shares):
     found = Detections.of(range(12), rows, categories)
     calls = []
 
-    def run(function, arguments):
-        calls.extend(arguments)
-        return here(function, pickle.loads(pickle.dumps(arguments)))
+    def begin(*call):
+        calls.append(call[1:])
+        return partial(*pickle.loads(pickle.dumps(call)))
 
     expected = evaluate_coco(truth, found)
-    assert evaluate_coco(truth, found, run, shares) == expected and 0 < expected["AP"] < 1
+    assert Evaluation(truth, found, begin, shares).stats() == expected and 0 < expected["AP"] < 1
     assert sorted(kind for call in calls for kind in call[0]) == [3, 5, 7, 11, 90] and len(calls) == min(shares, 5)
     known = found[np.isin(found.categories, [3, 5, 7, 11, 90])]
     np.testing.assert_allclose(list(expected.values()), by_pycocotools(truth, known.entries()), atol=1e-12)
@@ -97,7 +98,7 @@ def test_classes_dealt_out_give_the_same_numbers_to_the_last_bit(shares):
 def test_helpers_evaluate_the_classes():
     truth, found = bccd_as_coco(range(87))
     with Helpers(cores=8, modules=["faster_coco_eval"]) as helpers:
-        assert evaluate_coco(truth, found, helpers.results, helpers.count) == evaluate_coco(truth, found)
+        assert Evaluation(truth, found, helpers.begin, helpers.count).stats() == evaluate_coco(truth, found)
 
 
 def test_image_ids():

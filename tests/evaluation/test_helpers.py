@@ -66,19 +66,22 @@ def test_a_helper_that_was_killed(tmp_path: Path, idle: bool) -> None:
         helpers.close()
 
 
-def test_results_come_in_order_and_errors_reach_the_caller() -> None:
+def test_results_and_errors_reach_who_asks_for_them() -> None:
     with Helpers(cores=8) as helpers:
-        assert helpers.count == 2 and helpers.results(divmod, [(n, 3) for n in range(9)]) == [
-            divmod(n, 3) for n in range(9)
-        ]
+        asked = [helpers.begin(divmod, number, 3) for number in range(9)]
+        wrong = helpers.begin(divmod, 1, 0)
+        assert helpers.count == 2 and [ask() for ask in asked] == [divmod(number, 3) for number in range(9)]
         with pytest.raises(ZeroDivisionError):
-            helpers.results(divmod, [(1, 1), (1, 0)])
+            wrong()
 
 
 def test_a_helper_lost_while_its_result_is_waited_for() -> None:
     helpers = Helpers(cores=1)
+    result = helpers.begin(os.abort)
     with pytest.raises(ResourceError, match="was killed"):
-        helpers.results(os.abort, [()])
+        result()
+    with pytest.raises(ResourceError, match="was killed"):
+        helpers.begin(int)
     with pytest.raises(ResourceError, match="was killed"):
         helpers.close()
 

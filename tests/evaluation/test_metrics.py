@@ -8,15 +8,16 @@ import pytest
 import torch
 
 from tests.evaluation import bccd
+from utils import matching
 from utils.boxes import box_iou, scale_to_original
 from utils.confusion import ConfusionMatrix
+from utils.matching import match_predictions
 from utils.metrics import (
     TABLE_HEADER,
     Metrics,
     ap_per_class,
     average_precision,
     iou_thresholds,
-    match_predictions,
     smooth,
 )
 
@@ -72,37 +73,37 @@ def test_boxes_as_arrays_and_as_tensors_agree_to_the_last_bit(n, m):
 
 
 def test_matching_equals_reference():
-    correct = match_predictions(ARRAYS["match/det"], ARRAYS["match/labels"], iou_thresholds())
+    correct = match_predictions([ARRAYS["match/det"]], [ARRAYS["match/labels"]], iou_thresholds())
     np.testing.assert_array_equal(correct, ARRAYS["match/correct"])
 
 
 def test_confusion_equals_reference():
     matrix = ConfusionMatrix(3)
-    matrix.update(ARRAYS["match/det"], ARRAYS["match/labels"])
+    matrix.update([ARRAYS["match/det"]], [ARRAYS["match/labels"]])
     np.testing.assert_array_equal(matrix.matrix, ARRAYS["match/confusion"])
 
 
 def test_confusion_of_images_without_labels_or_detections():
     matrix = ConfusionMatrix(2)
     detection, label = np.array([[0, 0, 9, 9, 0.9, 1]]), np.array([[0, 20, 20, 30, 30]])
-    matrix.update(detection, np.zeros((0, 5)))
+    matrix.update([detection], [np.zeros((0, 5))])
     assert matrix.matrix.sum() == 0
-    matrix.update(np.zeros((0, 6)), label)  # missed
-    matrix.update(detection, label)  # missed; the lone false alarm is not counted (no pair in this image)
+    matrix.update([np.zeros((0, 6))], [label])  # missed
+    matrix.update([detection], [label])  # missed; the lone false alarm is not counted (no pair in this image)
     assert matrix.matrix.tolist() == [[0, 0, 0], [0, 0, 0], [2, 0, 0]]
 
 
 def test_the_most_confident_detection_wins_its_label():
     label = np.array([[0, 0, 0, 10, 10]])
     detections = np.array([[0, 0, 10, 7, 0.9, 0], [0, 0, 10, 10, 0.8, 0], [0, 0, 10, 10, 0.7, 1]])
-    correct = match_predictions(detections, label, iou_thresholds())
+    correct = match_predictions([detections], [label], iou_thresholds())
     assert correct[:, 0].tolist() == [True, False, False]  # IoU 0.7 reaches 0.5 first
     assert correct[:, -1].tolist() == [False, True, False]  # only the second reaches 0.95; another class never
 
 
 def test_matching_without_labels_or_detections():
-    assert match_predictions(np.zeros((0, 6)), np.ones((2, 5)), iou_thresholds()).shape == (0, 10)
-    assert not match_predictions(np.ones((2, 6)), np.zeros((0, 5)), iou_thresholds()).any()
+    assert match_predictions([np.zeros((0, 6))], [np.ones((2, 5))], iou_thresholds()).shape == (0, 10)
+    assert not match_predictions([np.ones((2, 6))], [np.zeros((0, 5))], iou_thresholds()).any()
 
 
 def test_matching_against_loops():
@@ -122,8 +123,40 @@ def test_matching_against_loops():
             if ious[best] >= threshold and best not in taken:
                 taken.add(best)
                 expected[d, column] = True
-    np.testing.assert_array_equal(match_predictions(detections, labels, thresholds), expected)
+    np.testing.assert_array_equal(match_predictions([detections], [labels], thresholds), expected)
     assert 0 < expected[:, 6].sum() < expected[:, 0].sum()
+
+
+@pytest.mark.parametrize("most", [1, 150, 1 << 20])
+def test_a_batch_is_matched_as_its_images_one_by_one(most, monkeypatch):
+    """To the last bit, images without labels and without detections among them, whatever is compared at once."""
+    monkeypatch.setattr(matching, "MOST_PAIRS", most)
+    rng = np.random.default_rng(5)
+    pairs, offset = [], 0
+    ious, places, alone = [], [], ConfusionMatrix(3)
+    for n, m in ((0, 3), (60, 7), (9, 0), (1, 1), (0, 0), (40, 12)):
+        corners = rng.uniform(0, 60, (m, 2)).astype(np.float32)
+        labels = np.column_stack((rng.integers(0, 3, m), corners, corners + rng.uniform(10, 40, (m, 2)))).astype("f4")
+        boxes = labels[rng.integers(0, m, n), 1:] + rng.normal(0, 4, (n, 4)) if m else rng.uniform(0, 9, (n, 4))
+        scores = np.sort(rng.uniform(size=n))[::-1]
+        detections = np.column_stack((boxes, scores, rng.integers(0, 3, n))).astype("f4")
+        pairs.append((detections, labels))
+        iou = box_iou(detections[:, :4], labels[:, 1:5])
+        iou[detections[:, 5:] != labels[None, :, 0]] = -1
+        ious.append(iou.max(1, initial=-1))
+        places.append(iou.argmax(1) + offset if m else np.zeros(n, int))
+        offset += m
+        alone.update([detections], [labels])
+    found, given = zip(*pairs)
+    best, place = matching.best_labels(found, given)
+    np.testing.assert_array_equal(best, np.concatenate(ious))
+    np.testing.assert_array_equal(place, np.concatenate(places))
+    apart = [match_predictions([detections], [labels], iou_thresholds()) for detections, labels in pairs]
+    np.testing.assert_array_equal(match_predictions(found, given, iou_thresholds()), np.concatenate(apart))
+    together = ConfusionMatrix(3)
+    together.update(found, given)
+    np.testing.assert_array_equal(together.matrix, alone.matrix)
+    assert together.matrix.sum() > 20 and np.concatenate(apart).any()
 
 
 def overlap(a, b):
@@ -163,7 +196,7 @@ def test_table_has_the_familiar_columns():
 
 def test_stored_bccd_detections_give_upstreams_metrics():
     pairs = bccd.load()
-    tp = np.concatenate([match_predictions(det, labels, iou_thresholds()) for det, labels in pairs])
+    tp = match_predictions(*zip(*pairs), iou_thresholds())
     detections, labels = (np.concatenate(parts) for parts in zip(*pairs))
     metrics = Metrics(ap_per_class(tp, detections[:, 4], detections[:, 5], labels[:, 0]), images=len(pairs))
     assert len(detections) == 26100 and metrics.labels == 1137

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -42,9 +43,10 @@ if TYPE_CHECKING:
 
 TASKS = ("train", "val", "test", "speed", "study")
 STUDY_SIZES = range(256, 1537, 128)
-MOST_IN_GRAPHS = 8
-"""Images of a batch that is replayed as a CUDA graph by default: larger ones keep a GPU busy however they are launched,
-and recording them took a second (1640 images at batch 32 on an H200: 11.2 s with graphs, 9.9 without)."""
+MOST_IN_GRAPHS, BATCHES_IN_GRAPHS = 8, 40
+"""By default a batch of up to so many images is replayed as a CUDA graph; a larger one, which keeps a GPU busy for
+longer than it takes to launch, where so many batches are of one shape: 52 batches of 32 images on an H200 took half a
+second less with a graph, the recording included."""
 
 
 def build_parser() -> Parser:
@@ -62,7 +64,7 @@ def build_parser() -> Parser:
     inputs.add_argument("--single-cls", action="store_true", help="treat all classes as one")
 
     # a higher --conf-thres cuts the curves short
-    graphs = f"on a GPU, for batches up to {MOST_IN_GRAPHS}"
+    graphs = f"on a GPU, for batches up to {MOST_IN_GRAPHS} or from {BATCHES_IN_GRAPHS} of one shape"
     add_detection_flags(parser.add_argument_group("detection"), conf=0.001, iou=0.6, max_det=300, graphs=graphs)
 
     output = parser.add_argument_group("what to write")
@@ -294,7 +296,9 @@ def one_pass(
         prefix=split_of(args),
     )
     loader = create_dataloader(dataset, args.batch_size, workers=args.workers, persistent=False)
-    forward = forward_of(model, device, args)
+    shapes = [imgsz] * len(loader) if dataset.batch_shapes is None else map(tuple, dataset.batch_shapes.tolist())
+    most_alike = max(Counter(shapes).values(), default=0)
+    forward = forward_of(model, device, args, most_alike)
     return evaluate(
         forward,
         loader,
@@ -317,24 +321,27 @@ def names_exported(args: argparse.Namespace) -> bool:
     return any(map(format_of, args.weights))
 
 
-def uses_graphs(args: argparse.Namespace, device: torch.device) -> bool:
-    """Whether the model runs as CUDA graphs. ConfigError where it cannot and was asked to."""
+def uses_graphs(args: argparse.Namespace, device: torch.device, batches: int = 0) -> bool:
+    """Whether the model runs as CUDA graphs, given how many ``batches`` are of one shape. ConfigError where it cannot
+    and was asked to."""
     from utils.device import graphs_allowed
 
-    if args.cuda_graphs == "auto" and args.batch_size > MOST_IN_GRAPHS:
+    if args.cuda_graphs == "auto" and args.batch_size > MOST_IN_GRAPHS and batches < BATCHES_IN_GRAPHS:
         return False
     obstacle = "they are for checkpoints (.pt)" if names_exported(args) else ""
     return graphs_allowed(args.cuda_graphs, device, "--augment runs several sizes" if args.augment else obstacle)
 
 
-def forward_of(model: nn.Module, device: torch.device, args: argparse.Namespace) -> Callable[[torch.Tensor], Any]:
-    """What runs a batch: the model, with --augment several sizes of it, or its CUDA graphs."""
+def forward_of(
+    model: nn.Module, device: torch.device, args: argparse.Namespace, batches: int
+) -> Callable[[torch.Tensor], Any]:
+    """What runs a batch: the model, with --augment several sizes of it, or its CUDA graphs (see uses_graphs)."""
     from models.forward_graphs import ForwardGraphs
     from models.tta import augmented_forward
 
     if args.augment:
         return lambda images: (augmented_forward(model, images), None)
-    return ForwardGraphs(model) if uses_graphs(args, device) else model
+    return ForwardGraphs(model) if uses_graphs(args, device, batches) else model
 
 
 def only_size(args: argparse.Namespace, model: nn.Module) -> int | None:

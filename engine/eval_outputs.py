@@ -17,6 +17,7 @@ from utils import coco, coco_ap, curves
 from utils.background import Background
 from utils.console import LOGGER
 from utils.files import atomic_write
+from utils.gc_pause import collection_paused
 from utils.labels import format_detections
 from utils.metrics import Metrics
 from utils.plots import batch_tiles, plot_batch
@@ -75,13 +76,14 @@ class CocoCollector:
     def begin(self, annotations: Path | None = None, helpers: Helpers | None = None) -> coco_ap.Evaluation:
         """COCO's numbers, against this annotation file, or against the labels seen during the evaluation: computed by
         ``helpers`` from now on if there is more than one, else when asked for."""
-        if annotations is None:
-            sizes, labels = [r.size for r in self._results], [r.labels for r in self._results]
-            truth = coco.ground_truth(self._ids(), sizes, labels, self.names, self.categories)
-        else:
-            truth = coco.load_annotations(annotations)
         shared = (helpers.begin, helpers.count) if helpers and helpers.count > 1 else ()
-        return coco_ap.Evaluation(truth, self.detections(), *shared)
+        with collection_paused():  # none of the entries is garbage
+            truth = self._labels() if annotations is None else coco.load_annotations(annotations)
+            return coco_ap.Evaluation(truth, self.detections(), *shared)
+
+    def _labels(self) -> dict[str, Any]:
+        sizes, labels = [result.size for result in self._results], [result.labels for result in self._results]
+        return coco.ground_truth(self._ids(), sizes, labels, self.names, self.categories)
 
     def _ids(self) -> list[int | str]:
         return coco.image_ids([result.path for result in self._results])

@@ -34,8 +34,8 @@ def spare(cores: int | None = None) -> int:
 
 
 class Helpers(AbstractContextManager):
-    """``draw`` gives a function of utils.curves to a helper and returns at once, ``begin`` one whose result is asked for
-    later; :meth:`close`, or leaving the ``with`` block, waits until all is done. A block left by an exception ends
+    """``draw`` gives a function of utils.curves to a helper and returns at once, ``begin`` any whose result is asked
+    for later; :meth:`close`, or leaving the ``with`` block, waits until all is done. A block left by an exception ends
     them, as the end of the program does.
 
     Helpers start at once, ``count`` of them: :func:`spare`. What one could not draw is raised by ``close``.

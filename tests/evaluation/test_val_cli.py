@@ -165,17 +165,19 @@ def test_a_backbone_deeper_than_its_outputs(small, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("flags", "graphs"),
+    ("flags", "batches", "graphs"),
     [
-        ([], False),
-        (["--batch-size", "8"], True),
-        (["--cuda-graphs", "on"], True),
-        (["--batch-size", "8", "--augment"], False),
+        ([], 39, False),
+        ([], 40, True),
+        (["--batch-size", "8"], 1, True),
+        (["--cuda-graphs", "on"], 1, True),
+        (["--cuda-graphs", "off"], 99, False),
+        (["--batch-size", "8", "--augment"], 99, False),
     ],
 )
-def test_small_batches_become_graphs(flags: list[str], graphs: bool) -> None:
+def test_small_batches_and_many_alike_become_graphs(flags: list[str], batches: int, graphs: bool) -> None:
     args = val.build_parser().parse_args(["--weights", "best.pt", *flags])
-    assert val.uses_graphs(args, torch.device("cuda", 0)) == graphs
+    assert val.uses_graphs(args, torch.device("cuda", 0), batches) == graphs
 
 
 def test_half_on_a_cpu_that_has_bfloat16(small, tmp_path, monkeypatch, caplog) -> None:

@@ -87,7 +87,7 @@ def evaluate(
     check_thresholds(conf_thres, iou_thres, max_det)
     times, losses, tally = StageTimes(device), _Losses(), _Tally(len(names))
     shape: tuple[int, ...] = ()
-    background = Background(most=2)
+    background = Background(most=4)
     later = background if _has_time(device) else now
     pre_process, inference, nms = STAGES
     with _eval_mode(model), torch.inference_mode():

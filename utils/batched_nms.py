@@ -12,10 +12,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-BLOCK = 1024
+BLOCK = 512
 """So many candidates an image at a time meet those already kept."""
-MOST_PAIRS = 64 << 20
-"""Pairs of boxes compared at once, of some 16 bytes each: images go in such portions."""
+MOST_PAIRS = 16 << 20
+"""Pairs of boxes compared at once: images go in such portions."""
 ROUNDS = 4
 """Rounds between two looks at whether anything changed."""
 
@@ -31,19 +31,12 @@ def suppress(boxes: Tensor, images: Tensor, count: int, iou_thres: float, most: 
     ends = torch.minimum(starts[1:], starts[:-1] + most)
     longest = int((ends - starts[:-1]).max()) if count else 0
     side = min(longest, BLOCK)
-    portion = max(1, _most_pairs(boxes.device) // max(side * (side + min(longest - side, max_det)), 1))
+    portion = max(1, MOST_PAIRS // max(side * (side + min(longest - side, max_det)), 1))
     kept: list[Tensor] = []
     for first in range(0, count, portion):
         part = slice(first, first + portion)
         kept += _suppress_portion(boxes, starts[:-1][part], ends[part], longest, iou_thres, max_det)
     return kept
-
-
-def _most_pairs(device: torch.device) -> int:
-    """MOST_PAIRS, or those that a sixteenth of a GPU's memory holds."""
-    if device.type != "cuda":
-        return MOST_PAIRS
-    return min(MOST_PAIRS, torch.cuda.get_device_properties(device).total_memory // 256)
 
 
 def _suppress_portion(

@@ -13,8 +13,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,14 +31,13 @@ from utils.cli import (
     keywords_to_argv,
 )
 from utils.config import DataConfig
-from utils.errors import ConfigError, MissingPackage, end_process, is_installed, run_cli
+from utils.errors import ConfigError, end_process, is_installed, run_cli
 from utils.files import ROOT
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from engine.eval_outputs import CocoCollector
     from utils.helpers import Helpers
     from utils.metrics import Metrics
 
@@ -120,13 +120,15 @@ def measure(args: argparse.Namespace) -> Metrics:
 
 def helpers_of(args: argparse.Namespace) -> AbstractContextManager[Helpers | None]:
     """Processes that draw the curves and compute COCO's numbers, if the task has any and there are cores for them."""
-    from utils.helpers import DRAWING, Helpers, spare
+    from utils.coco_ap import prepare_evaluation
+    from utils.curves import prepare_drawing
+    from utils.helpers import Helpers, spare
 
     draws = not args.noplots and is_installed("matplotlib")
     counts = is_installed("faster_coco_eval") and spare() > 1
     if args.task in ("speed", "study") or not (draws or counts):
         return nullcontext()
-    return Helpers(modules=[*(DRAWING if draws else ()), *(("faster_coco_eval",) if counts else ())])
+    return Helpers(prepare=[prepare_drawing] * draws + [prepare_evaluation] * counts)
 
 
 def carry_out(args: argparse.Namespace, data: DataConfig, helpers: Helpers | None) -> Metrics:
@@ -215,19 +217,22 @@ def validate(
     from utils.console import LOGGER, plural
 
     labels = LabelWriter(folder / "labels", args.save_conf) if args.save_txt else None
-    categories = coco.category_ids(data.split(split_of(args)), data.nc)
-    collector = CocoCollector(data.names, categories)
+    collector = CocoCollector(data.names, coco.category_ids(data.split(split_of(args)), data.nc))
     speed_only = args.task == "speed"
+    annotations = coco_annotations(data) if collector.is_coco and not speed_only else None
+    truth = coco.load_annotations(annotations) if annotations else None
     draws = not (speed_only or args.noplots)
     observers = [labels, None if speed_only else collector, BatchPictures(folder, data.names) if draws else None]
-    metrics = one_pass(args, data, model, device, [observer for observer in observers if observer])
+    on_last = None if speed_only else partial(collector.begin, truth, helpers)
+    metrics = one_pass(args, data, model, device, [observer for observer in observers if observer], on_last)
     LOGGER.info(metrics.table(data.names, args.verbose or data.nc < 50))
-    coco_stats = begin_coco(collector, data, helpers) if metrics.labels and not speed_only else dict
     if draws:
         save_curves(metrics, data.names, folder, helpers.draw)
     if not speed_only and (args.save_json or collector.is_coco):
         collector.save(folder / f"{Path(args.weights[0]).stem}_predictions.json")
-    metrics = dataclasses.replace(metrics, coco=coco_stats())
+    metrics = dataclasses.replace(metrics, coco=collector.stats())
+    if metrics.coco:
+        LOGGER.info(coco_line(metrics.coco, annotations))
     if helpers:
         helpers.close()
     LOGGER.info(metrics.speed_line())
@@ -242,32 +247,26 @@ def split_of(args: argparse.Namespace) -> str:
     return args.task if args.task in ("train", "test") else "val"
 
 
-def begin_coco(collector: CocoCollector, data: DataConfig, helpers: Helpers | None) -> Callable[[], dict[str, float]]:
-    """Begin with COCO's own numbers: against COCO's annotation file where it is, else against the labels. Returns what
-    waits for them and prints them in one line."""
-    from utils.console import LOGGER
-
+def coco_annotations(data: DataConfig) -> Path | None:
+    """COCO's own annotation file where it is."""
     name = "annotations/instances_val2017.json"
-    places = [data.root / name, ROOT.parent / "datasets/coco" / name] if collector.is_coco else []
-    annotations = next((place for place in places if place.is_file()), None)
-    try:
-        evaluation = collector.begin(annotations, helpers)
-    except MissingPackage as error:  # the familiar mAP is printed without it
-        LOGGER.warning(str(error))
-        return dict
+    places = [data.root / name, ROOT.parent / "datasets/coco" / name]
+    return next((place for place in places if place.is_file()), None)
 
-    def told() -> dict[str, float]:
-        stats = evaluation.stats()
-        shown = ", ".join(f"{key} {stats[key]:.3f}" for key in ("AP50", "AP75", "AP_small", "AP_medium", "AP_large"))
-        against = annotations or "the labels"
-        LOGGER.info(f"COCO AP {stats['AP']:.3f} ({shown}; pycocotools' definition, against {against})")
-        return stats
 
-    return told
+def coco_line(stats: Mapping[str, float], annotations: Path | None) -> str:
+    """COCO's numbers, which are against its annotation file or against the labels."""
+    shown = ", ".join(f"{key} {stats[key]:.3f}" for key in ("AP50", "AP75", "AP_small", "AP_medium", "AP_large"))
+    return f"COCO AP {stats['AP']:.3f} ({shown}; pycocotools' definition, against {annotations or 'the labels'})"
 
 
 def one_pass(
-    args: argparse.Namespace, data: DataConfig, model: nn.Module, device: torch.device, observers: Sequence[Any] = ()
+    args: argparse.Namespace,
+    data: DataConfig,
+    model: nn.Module,
+    device: torch.device,
+    observers: Sequence[Any] = (),
+    on_last: Callable[[], None] | None = None,
 ) -> Metrics:
     """Make the loader for ``args.imgsz`` and evaluate."""
 
@@ -311,6 +310,7 @@ def one_pass(
         amp_dtype=args.amp_dtype,
         hybrid=args.save_hybrid,
         observers=observers,
+        on_last=on_last,
     )
 
 

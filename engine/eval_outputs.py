@@ -16,6 +16,7 @@ from torch import Tensor
 from utils import coco, coco_ap, curves
 from utils.background import Background
 from utils.console import LOGGER
+from utils.errors import MissingPackage
 from utils.files import atomic_write
 from utils.gc_pause import collection_paused
 from utils.labels import format_detections
@@ -54,12 +55,14 @@ class LabelWriter:
 
 
 class CocoCollector:
-    """Keeps all detections and labels for COCO's evaluation. Call :meth:`begin` and :meth:`save` afterwards."""
+    """Keeps all detections and labels for COCO's evaluation. Call :meth:`begin`, :meth:`stats` and :meth:`save`
+    afterwards."""
 
     def __init__(self, names: Mapping[int, str], categories: Sequence[int]) -> None:
         self.names, self.categories = names, categories
         self.is_coco = categories == coco.COCO_CATEGORY_IDS
         self._results: list[ImageResult] = []
+        self._evaluation: coco_ap.Evaluation | None = None
 
     def __call__(self, batch: Batch, detections: Sequence[Tensor], results: Sequence[ImageResult]) -> None:
         self._results += results
@@ -73,13 +76,22 @@ class CocoCollector:
         entries = self.detections().entries()
         atomic_write(file, "[" + ",\n".join(json.dumps(entry) for entry in entries) + "]\n")
 
-    def begin(self, annotations: Path | None = None, helpers: Helpers | None = None) -> coco_ap.Evaluation:
-        """COCO's numbers, against this annotation file, or against the labels seen during the evaluation: computed by
-        ``helpers`` from now on if there is more than one, else when asked for."""
+    def begin(self, truth: Mapping[str, Any] | None = None, helpers: Helpers | None = None) -> None:
+        """Begin with COCO's numbers, against the content of an annotation file or the labels seen during the
+        evaluation, if there were any: computed by ``helpers`` from now on if there is more than one, else when
+        :meth:`stats` asks. Without the package that computes them only a warning."""
         shared = (helpers.begin, helpers.count) if helpers and helpers.count > 1 else ()
+        if not any(len(result.labels) for result in self._results):
+            return
         with collection_paused():  # none of the entries is garbage
-            truth = self._labels() if annotations is None else coco.load_annotations(annotations)
-            return coco_ap.Evaluation(truth, self.detections(), *shared)
+            try:
+                self._evaluation = coco_ap.Evaluation(truth or self._labels(), self.detections(), *shared)
+            except MissingPackage as error:
+                LOGGER.warning(str(error))
+
+    def stats(self) -> dict[str, float]:
+        """COCO's numbers when they have been begun with, else none."""
+        return self._evaluation.stats() if self._evaluation else {}
 
     def _labels(self) -> dict[str, Any]:
         sizes, labels = [result.size for result in self._results], [result.labels for result in self._results]

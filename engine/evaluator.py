@@ -67,6 +67,7 @@ def evaluate(
     criterion: Callable[[Any, Tensor], Any] | None = None,
     hybrid: bool = False,
     observers: Sequence[Observer] = (),
+    on_last: Callable[[], None] | None = None,
     show_progress: bool = True,
     world: World = World(),
 ) -> Metrics | None:
@@ -79,7 +80,8 @@ def evaluate(
 
     ``world``: all of its processes call this together, each with the same model and a loader of its share of the
     batches (the k-th of rank r is number k * size + r of all). Rank 0 gets the metrics of all, the same as one process
-    would; the others None. Observers see their own rank's batches.
+    would; the others None. Observers see their own rank's batches. ``on_last`` is called once they have seen them all,
+    before the metrics are computed.
 
     Boxes are matched in pixels of the original images, at most ``max_det`` an image. Raises ConfigError for a bad
     threshold.
@@ -113,6 +115,8 @@ def evaluate(
             detections = _to_cpu(detections)
             later(_take_note, batch, detections, single_cls, tally, times, observers)
         background.wait()
+    if on_last:
+        on_last()
     shares = gather_to_main(_Share(tally, losses.values(), times.per_image(tally.images), shape), world)
     return _metrics(shares) if world.main else None
 

@@ -82,6 +82,11 @@ class Detections:
             ]
 
 
+def prepare_evaluation() -> None:
+    """Have what evaluates imported."""
+    import faster_coco_eval  # noqa: F401
+
+
 def evaluate_coco(truth: Mapping[str, Any], detections: Detections) -> dict[str, float]:
     """COCO's twelve numbers, see :class:`Evaluation`."""
     return Evaluation(truth, detections).stats()

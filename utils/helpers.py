@@ -4,7 +4,6 @@ the run."""
 
 from __future__ import annotations
 
-import importlib
 import logging
 import multiprocessing
 import os
@@ -24,8 +23,6 @@ from utils import curves
 from utils.errors import ResourceError
 
 MOST_HELPERS = 4
-DRAWING = ("matplotlib.backends.backend_agg", "matplotlib.figure")
-"""Modules that utils.curves imports when it draws."""
 
 
 def spare(cores: int | None = None) -> int:
@@ -41,13 +38,15 @@ class Helpers(AbstractContextManager):
     Helpers start at once, ``count`` of them: :func:`spare`. What one could not draw is raised by ``close``.
     """
 
-    def __init__(self, cores: int | None = None, modules: Sequence[str] = DRAWING) -> None:
-        """``modules``: what they import while the program is still starting."""
+    def __init__(
+        self, cores: int | None = None, prepare: Sequence[Callable[[], None]] = (curves.prepare_drawing,)
+    ) -> None:
+        """``prepare``: functions that they call while the program is still starting."""
         self.count = spare(cores)
         context = SpawnContext()
         context.Process = _Helper
         self._closed = False
-        self._pool = ProcessPoolExecutor(self.count, context, initializer=_begin, initargs=(os.getcwd(), modules))
+        self._pool = ProcessPoolExecutor(self.count, context, initializer=_begin, initargs=(os.getcwd(), prepare))
         self._done = [self._pool.submit(int) for _ in range(self.count)]  # nothing, but a process starts for each
 
     def draw(self, name: str, *arguments: Any) -> None:
@@ -112,12 +111,12 @@ def _lost() -> ResourceError:
     return ResourceError("diagrams or COCO's numbers are missing: a process that makes them was killed (memory short?)")
 
 
-def _begin(folder: str, modules: Sequence[str]) -> None:
+def _begin(folder: str, prepare: Sequence[Callable[[], None]]) -> None:
     os.setsid()  # a SIGTERM to the whole group is for the program, too
     program = multiprocessing.parent_process()
     threading.Thread(target=lambda: (program.join(), os._exit(1)), daemon=True).start()
     os.chdir(folder)
     warnings.simplefilter("ignore")  # matplotlib's, about letters that its font does not have
     logging.disable(logging.WARNING)
-    for module in modules:
-        importlib.import_module(module)
+    for function in prepare:
+        function()

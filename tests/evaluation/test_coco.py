@@ -11,7 +11,7 @@ import pytest
 
 from tests.evaluation import bccd
 from utils.coco import COCO_CATEGORY_IDS, category_ids, ground_truth, image_ids, load_annotations
-from utils.coco_ap import Detections, Evaluation, evaluate_coco
+from utils.coco_ap import Detections, Evaluation, evaluate_coco, prepare_evaluation
 from utils.errors import DataError
 from utils.helpers import Helpers
 
@@ -97,7 +97,7 @@ def test_classes_dealt_out_give_the_same_numbers_to_the_last_bit(shares):
 
 def test_helpers_evaluate_the_classes():
     truth, found = bccd_as_coco(range(87))
-    with Helpers(cores=8, modules=["faster_coco_eval"]) as helpers:
+    with Helpers(cores=8, prepare=[prepare_evaluation]) as helpers:
         assert Evaluation(truth, found, helpers.begin, helpers.count).stats() == evaluate_coco(truth, found)
 
 

@@ -28,6 +28,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from benchmarks.forward import forward_ms
 from benchmarks.report import cpu_name, heading, table
 from models.loading import load_model
@@ -117,9 +119,29 @@ def one_process(args: argparse.Namespace, yamls: dict[int, Path]) -> list[list]:
     return rows
 
 
-def main(argv: Sequence[str]) -> None:
-    if argv[:1] == ["--inside"]:
-        return inside(int(argv[1]), argv[2], argv[3:])
+def own_processes(args: argparse.Namespace, yamls: dict[int, Path], device: torch.device) -> tuple[list, list[str]]:
+    """Rows of the usual table, and what the runs and the forward pass alone said."""
+    rows, said = [], []
+    few, most = yamls
+    for name, file in args.weights:
+        for what in args.runs:
+            for graphs in ("on", "off") if device.type == "cuda" else ("off",):
+                took = {n: [seconds(what, file, yaml, graphs, args.device) for _ in range(args.repeats)]
+                        for n, yaml in yamls.items()}  # fmt: skip
+                low, high = (min(s for s, _ in took[n]) for n in yamls)
+                whole = [1000 * s / most for s, _ in took[most]]
+                each, middle = 1000 * (high - low) / (most - few), statistics.median(whole)
+                spread, then = f"{min(whole):.2f} to {max(whole):.2f}", UPSTREAM[what]
+                rows.append([name, what, graphs, each, middle, spread, then, then / middle])
+                said.append(f"{name}, {what}, graphs {graphs}: mAP50-95 {took[most][-1][1]}")
+        if device.type == "cuda":
+            model = load_model(file, device).half()
+            one, many = (forward_ms(model, batch, (512, 640), device) / batch for batch in (1, 32))
+            said.append(f"{name}: forward alone {one:.3f} ms an image at batch 1, {many:.3f} at 32")
+    return rows, said
+
+
+def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="bccd.yaml")
     parser.add_argument("--weights", nargs="+", required=True, metavar="NAME=FILE")
@@ -134,38 +156,26 @@ def main(argv: Sequence[str]) -> None:
     args.weights = [(name, str(Path(file).resolve())) for name, _, file in (w.partition("=") for w in args.weights)]
     if args.images < 2 or args.repeats < 1:
         parser.error(f"--images {args.images}, --repeats {args.repeats}: at least 2 and 1")
+    return args
+
+
+def main(argv: Sequence[str]) -> None:
+    if argv[:1] == ["--inside"]:
+        return inside(int(argv[1]), argv[2], argv[3:])
+    args = parse_args(argv)
     device, data = select_device(args.device), DataConfig.load(args.data)
     few = min(72, args.images - 1) if args.one_process else max(args.images // 4, 1)
-    rows, said = [], []
     with tempfile.TemporaryDirectory() as folder:
         yamls = {count: many_images(data, count, Path(folder) / str(count)) for count in (few, args.images)}
         if args.one_process:
-            rows = one_process(args, yamls)
-            print(heading(f"{describe_device(device)}; {cpu_name()}"))
             names = ["model", "run", "images", "first run, ms an image", "later runs", "spread", "upstream", "ratio"]
-            return print(table(names, rows))
-        for name, file in args.weights:
-            for what in args.runs:
-                for graphs in ("on", "off") if device.type == "cuda" else ("off",):
-                    took = {n: [seconds(what, file, yaml, graphs, args.device) for _ in range(args.repeats)]
-                            for n, yaml in yamls.items()}  # fmt: skip
-                    low, high = (min(s for s, _ in took[n]) for n in (few, args.images))
-                    whole = [1000 * s / args.images for s, _ in took[args.images]]
-                    each = 1000 * (high - low) / (args.images - few)
-                    spread = f"{min(whole):.2f} to {max(whole):.2f}"
-                    then = UPSTREAM[what]
-                    middle = statistics.median(whole)
-                    rows.append([name, what, graphs, each, middle, spread, then, then / middle])
-                    said.append(f"{name}, {what}, graphs {graphs}: mAP50-95 {took[args.images][-1][1]}")
-            if device.type == "cuda":
-                model = load_model(file, device).half()
-                one, many = (forward_ms(model, batch, (512, 640), device) / batch for batch in (1, 32))
-                said.append(f"{name}: forward alone {one:.3f} ms an image at batch 1, {many:.3f} at 32")
+            rows, said = one_process(args, yamls), []
+        else:
+            names = ["model", "run", "graphs", "ms an image", "whole run, ms an image", "spread", "upstream", "ratio"]
+            rows, said = own_processes(args, yamls, device)
     print(heading(f"{describe_device(device)}; {cpu_name()}"))
-    print(
-        table(["model", "run", "graphs", "ms an image", "whole run, ms an image", "spread", "upstream", "ratio"], rows)
-    )
-    print("\n" + "\n".join(said))
+    print(table(names, rows))
+    print("\n".join(["", *said]))
 
 
 if __name__ == "__main__":

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import multiprocessing
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from utils.cli import (
     Parser,
@@ -122,11 +123,12 @@ def helpers_of(args: argparse.Namespace) -> AbstractContextManager[Helpers | Non
     """Processes that draw the curves and compute COCO's numbers, if the task has any and there are cores for them."""
     from utils.coco_ap import prepare_evaluation
     from utils.curves import prepare_drawing
-    from utils.helpers import Helpers, spare
+    from utils.helpers import Helpers, helper_count
 
     draws = not args.noplots and is_installed("matplotlib")
-    counts = is_installed("faster_coco_eval") and spare() > 1
-    if args.task in ("speed", "study") or not (draws or counts):
+    counts = is_installed("faster_coco_eval") and helper_count() > 1
+    no_children = multiprocessing.current_process().daemon  # called by a process that may have none
+    if args.task in ("speed", "study") or not (draws or counts) or no_children:
         return nullcontext()
     return Helpers(prepare=[prepare_drawing] * draws + [prepare_evaluation] * counts)
 
@@ -155,6 +157,7 @@ def carry_out(args: argparse.Namespace, data: DataConfig, helpers: Helpers | Non
         LOGGER.warning(f"--conf-thres {args.conf_thres}: above 0.001 the curves end early and mAP is too low")
     if args.save_hybrid:
         LOGGER.warning("--save-hybrid: labels take part in NMS, so precision, recall and mAP are inflated")
+    truth = coco_truth(args, data)
     with few_threads(device):
         models = [load(group, data, device, args) for group in weight_groups(args)]
         for model in models:
@@ -162,7 +165,7 @@ def carry_out(args: argparse.Namespace, data: DataConfig, helpers: Helpers | Non
         folder = new_run_dir(args.project, args.name, args.exist_ok)
         if args.task == "study":
             return study(args, data, models, device, folder)
-        return validate(args, data, models[0], device, folder, helpers)
+        return validate(args, data, models[0], device, folder, helpers, truth)
 
 
 def weight_groups(args: argparse.Namespace) -> list[list[str]]:
@@ -210,29 +213,28 @@ def validate(
     device: torch.device,
     folder: Path,
     helpers: Helpers | None,
+    truth: CocoTruth | None,
 ) -> Metrics:
     """One pass over the split, the table, and the files in ``folder``."""
-    from engine.eval_outputs import BatchPictures, CocoCollector, LabelWriter, save_curves
-    from utils import coco
+    from engine.eval_outputs import BatchPictures, CocoCollector, LabelWriter, draw_now, save_curves
+    from utils.coco import category_ids
     from utils.console import LOGGER, plural
 
     labels = LabelWriter(folder / "labels", args.save_conf) if args.save_txt else None
-    collector = CocoCollector(data.names, coco.category_ids(data.split(split_of(args)), data.nc))
+    collector = CocoCollector(data.names, category_ids(data.split(split_of(args)), data.nc))
     speed_only = args.task == "speed"
-    annotations = coco_annotations(data) if collector.is_coco and not speed_only else None
-    truth = coco.load_annotations(annotations) if annotations else None
     draws = not (speed_only or args.noplots)
     observers = [labels, None if speed_only else collector, BatchPictures(folder, data.names) if draws else None]
-    on_last = None if speed_only else partial(collector.begin, truth, helpers)
+    on_last = None if speed_only else partial(collector.begin, truth and truth.content, helpers)
     metrics = one_pass(args, data, model, device, [observer for observer in observers if observer], on_last)
     LOGGER.info(metrics.table(data.names, args.verbose or data.nc < 50))
     if draws:
-        save_curves(metrics, data.names, folder, helpers.draw)
+        save_curves(metrics, data.names, folder, helpers.draw if helpers else draw_now)
     if not speed_only and (args.save_json or collector.is_coco):
         collector.save(folder / f"{Path(args.weights[0]).stem}_predictions.json")
     metrics = dataclasses.replace(metrics, coco=collector.stats())
     if metrics.coco:
-        LOGGER.info(coco_line(metrics.coco, annotations))
+        LOGGER.info(coco_line(metrics.coco, truth))
     if helpers:
         helpers.close()
     LOGGER.info(metrics.speed_line())
@@ -247,17 +249,29 @@ def split_of(args: argparse.Namespace) -> str:
     return args.task if args.task in ("train", "test") else "val"
 
 
-def coco_annotations(data: DataConfig) -> Path | None:
-    """COCO's own annotation file where it is."""
+class CocoTruth(NamedTuple):
+    """COCO's own annotation file, which counts where it is, and not the labels."""
+
+    file: Path
+    content: Mapping[str, Any]
+
+
+def coco_truth(args: argparse.Namespace, data: DataConfig) -> CocoTruth | None:
+    """COCO's annotations, if the data set is COCO's val2017 and they are there. Raises DataError for a damaged file."""
+    from utils.coco import COCO_CATEGORY_IDS, category_ids, load_annotations
+
+    if args.task in ("speed", "study") or category_ids(data.split(split_of(args)), data.nc) != COCO_CATEGORY_IDS:
+        return None
     name = "annotations/instances_val2017.json"
-    places = [data.root / name, ROOT.parent / "datasets/coco" / name]
-    return next((place for place in places if place.is_file()), None)
+    places = [place for place in (data.root / name, ROOT.parent / "datasets/coco" / name) if place.is_file()]
+    return CocoTruth(places[0], load_annotations(places[0])) if places else None
 
 
-def coco_line(stats: Mapping[str, float], annotations: Path | None) -> str:
+def coco_line(stats: Mapping[str, float], truth: CocoTruth | None) -> str:
     """COCO's numbers, which are against its annotation file or against the labels."""
     shown = ", ".join(f"{key} {stats[key]:.3f}" for key in ("AP50", "AP75", "AP_small", "AP_medium", "AP_large"))
-    return f"COCO AP {stats['AP']:.3f} ({shown}; pycocotools' definition, against {annotations or 'the labels'})"
+    against = truth.file if truth else "the labels"
+    return f"COCO AP {stats['AP']:.3f} ({shown}; pycocotools' definition, against {against})"
 
 
 def one_pass(

@@ -25,15 +25,14 @@ def heading(device: str) -> str:
 
 def cpu_name() -> str:
     """The processor's model and the cores this process may use."""
-    import os
+    from utils.cores import available_cores
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
     except OSError:
         names = []
-    return f"{names[0] if names else platform.processor() or 'CPU'}, {cores} cores"
+    return f"{names[0] if names else platform.processor() or 'CPU'}, {available_cores()} cores"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

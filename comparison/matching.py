@@ -58,7 +58,9 @@ def match(found: Predictions) -> Matched:
     """Match each image's detections with its labels."""
     thresholds = iou_thresholds()
     detections, labels = zip(*map(found.of_image, range(len(found.paths)))) if found.paths else ((), ())
-    hit = match_predictions(detections, labels, thresholds)
+    some = [slice(first, first + 32) for first in range(0, len(found.paths), 32)]  # a batch stays in the caches
+    hits = [match_predictions(detections[part], labels[part], thresholds) for part in some]
+    hit = np.concatenate([np.zeros((0, len(thresholds)), bool), *hits])
     iou, label = best_labels(detections, labels)
     label[iou < 0] = -1
     order = np.argsort(-found.detections[:, 4], kind="stable")

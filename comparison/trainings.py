@@ -13,6 +13,7 @@ from pathlib import Path
 
 from comparison.plan import Folder, Plan, Run
 from utils.console import LOGGER, plural
+from utils.cores import available_cores
 from utils.errors import ConfigError
 from utils.files import ROOT, atomic_write
 from utils.safe_names import printable
@@ -109,7 +110,7 @@ def start(run: Run, plan: Plan, folder: Folder, settings: Settings, jobs: Sequen
     """Begin a training of ``plan``, or go on with it, beside those of ``jobs``."""
     slot = min(set(range(settings.jobs)) - {job.slot for job in jobs})
     device = settings.devices[slot % len(settings.devices)]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = available_cores()
     threads = max(1, cores // settings.jobs) if settings.jobs > 1 else None
     command = [sys.executable, str(ROOT / "train.py"), *flags_for(run, plan, folder, settings, device)]
     resumed = "going on" if "--resume" in command else "training"

@@ -63,6 +63,7 @@ class CocoCollector:
         self.is_coco = categories == coco.COCO_CATEGORY_IDS
         self._results: list[ImageResult] = []
         self._evaluation: coco_ap.Evaluation | None = None
+        self._missing: MissingPackage | None = None
 
     def __call__(self, batch: Batch, detections: Sequence[Tensor], results: Sequence[ImageResult]) -> None:
         self._results += results
@@ -79,7 +80,7 @@ class CocoCollector:
     def begin(self, truth: Mapping[str, Any] | None = None, helpers: Helpers | None = None) -> None:
         """Begin with COCO's numbers, against the content of an annotation file or the labels seen during the
         evaluation, if there were any: computed by ``helpers`` from now on if there is more than one, else when
-        :meth:`stats` asks. Without the package that computes them only a warning."""
+        :meth:`stats` asks."""
         shared = (helpers.begin, helpers.count) if helpers and helpers.count > 1 else ()
         if not any(len(result.labels) for result in self._results):
             return
@@ -87,10 +88,13 @@ class CocoCollector:
             try:
                 self._evaluation = coco_ap.Evaluation(truth or self._labels(), self.detections(), *shared)
             except MissingPackage as error:
-                LOGGER.warning(str(error))
+                self._missing = error
 
     def stats(self) -> dict[str, float]:
-        """COCO's numbers when they have been begun with, else none."""
+        """COCO's numbers when they have been begun with, else none; without the package that computes them a
+        warning."""
+        if self._missing:
+            LOGGER.warning(str(self._missing))
         return self._evaluation.stats() if self._evaluation else {}
 
     def _labels(self) -> dict[str, Any]:

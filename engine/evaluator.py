@@ -22,7 +22,7 @@ from utils.confusion import ConfusionMatrix
 from utils.console import LOGGER, progress
 from utils.device import to_network_input
 from utils.dist import World, gather_to_main
-from utils.matching import joined, match_predictions
+from utils.matching import image_of, joined, match_predictions
 from utils.metrics import TABLE_HEADER, Metrics, ap_per_class, iou_thresholds
 from utils.nms import non_max_suppression
 from utils.stages import STAGES, StageTimes
@@ -194,12 +194,11 @@ def _results(batch: Batch, detections: Sequence[Tensor], single_cls: bool) -> li
 
 def _in_originals(boxes: np.ndarray, parts: Sequence[Tensor], batch: Batch) -> np.ndarray:
     """(n, 4) corners in network pixels, ``parts`` of each image, in pixels of the original images."""
-    image = np.repeat(np.arange(len(parts)), [len(rows) for rows in parts])
+    image = image_of(parts)
     ratio = np.array([box.ratio[1] for box in batch.letterboxes])[image]
-    pad, original = (
-        np.array([getattr(box, name) for box in batch.letterboxes])[image].T for name in ("pad", "original")
-    )
-    return scale_to_original(boxes, tuple(batch.images.shape[2:]), tuple(original), ratio, tuple(pad))
+    left, top = np.array([box.pad for box in batch.letterboxes])[image].T
+    height, width = np.array([box.original for box in batch.letterboxes])[image].T
+    return scale_to_original(boxes, tuple(batch.images.shape[2:]), (height, width), ratio, (left, top))
 
 
 class _Tally:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
 from collections import defaultdict, deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from models.results import draw_boxes
+from utils.cores import available_cores
 from utils.crops import crop_box, picture_suffix
 from utils.errors import ResourceError
 from utils.frames import Frame
@@ -66,7 +66,7 @@ class ResultWriter:
         self._crop_names: dict[Path, UniqueNames] = defaultdict(UniqueNames)
         self._folders = class_folders(names) if options.crops else {}
         self._videos: dict[tuple[str, int], VideoFile] = {}
-        self._painters = ThreadPoolExecutor(min(4, os.cpu_count() or 1), "pictures")
+        self._painters = ThreadPoolExecutor(min(4, available_cores()), "pictures")
         self._film = ThreadPoolExecutor(1, "video")
         self._pending: deque[Future] = deque()
         self._table = Table(folder / "predictions.csv") if options.table else None

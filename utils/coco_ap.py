@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from utils.errors import MissingPackage, is_installed
+from utils.errors import MissingPackage
 from utils.gc_pause import collection_paused
 
 MAX_DETECTIONS = 100  # of an image and class, the most that COCO's evaluation takes
@@ -103,10 +103,13 @@ class Evaluation:
         The classes are evaluated in up to ``shares`` calls, which ``begin`` begins, by itself when they are asked for.
         Raises MissingPackage without faster-coco-eval.
         """
-        if not is_installed("faster_coco_eval"):
-            raise MissingPackage("COCO AP", "faster-coco-eval")
+        try:
+            prepare_evaluation()
+        except ImportError:
+            raise MissingPackage("COCO AP", "faster-coco-eval") from None
         # Both libraries want whole numbers above 0 for images and take annotation id 0 for "unmatched".
-        number = {image["id"]: index for index, image in enumerate(truth["images"], 1)}
+        ids = dict.fromkeys(image["id"] for image in truth["images"])
+        number = {image_id: index for index, image_id in enumerate(ids, 1)}
         image = np.array([number.get(i, 0) for i in detections.ids], np.int64)[detections.image]
         detections = replace(detections, image=image)[image > 0].most_confident()
         kinds = sorted({category["id"] for category in truth["categories"]})
@@ -133,7 +136,8 @@ def _dealt(kinds: Sequence[int], found: np.ndarray, shares: int) -> list[list[in
     group that has least."""
     groups: list[list[int]] = [[] for _ in range(max(1, min(shares, len(kinds))))]
     loads = [0] * len(groups)
-    for count, kind in sorted(((int((found == kind).sum()), kind) for kind in kinds), reverse=True):
+    counts = dict(zip(*(part.tolist() for part in np.unique(found, return_counts=True))))
+    for count, kind in sorted(((counts.get(kind, 0), kind) for kind in kinds), reverse=True):
         least = loads.index(min(loads))
         groups[least].append(kind)
         loads[least] += count
@@ -145,9 +149,8 @@ def _share(
 ) -> tuple[int, list[dict], Detections]:
     """What :func:`evaluate_classes` needs to know of these categories."""
     wanted = set(kinds)
-    parts = ("category_id", "bbox", "area", "iscrowd")  # outlines, which files have, are not looked at
     labels = [
-        {name: entry[name] for name in parts if name in entry} | {"image_id": number[entry["image_id"]]}
+        dict(entry, image_id=number[entry["image_id"]])
         for entry in truth["annotations"]
         if entry["category_id"] in wanted
     ]

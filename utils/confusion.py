@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from utils.matching import best_labels, joined
+from utils.matching import best_labels, image_of, joined
 
 
 class ConfusionMatrix:
@@ -33,7 +33,7 @@ class ConfusionMatrix:
 
         np.add.at(self.matrix, (predicted[detection_of], true[label_of]), 1)
         np.add.at(self.matrix[self.nc], np.delete(true, label_of), 1)  # missed
-        image = np.repeat(np.arange(len(sure)), [len(rows) for rows in sure])
+        image = image_of(sure)
         invented = np.isin(image, image[detection_of])
         invented[detection_of] = False
         np.add.at(self.matrix[:, self.nc], predicted[invented], 1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import count, islice
@@ -17,6 +16,7 @@ from torch.utils.data import DataLoader, Sampler, default_collate
 from utils.augmentations import Letterbox
 from utils.batch_memory import BatchMemory, Draws, Ticket
 from utils.console import LOGGER, plural
+from utils.cores import available_cores
 from utils.dataset import DetectionDataset, Draw, Sample
 from utils.device_augment import finish_batch, pack
 from utils.dist import World
@@ -329,11 +329,6 @@ def create_dataloader(
     )
     loader.finish_on = finish_on if dataset.finish_later else None
     return loader
-
-
-def available_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc, malloc.h

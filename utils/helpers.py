@@ -1,6 +1,6 @@
-"""Processes that draw diagrams and count while the program goes on: matplotlib takes a second to import and a third of
-one for each figure, COCO's evaluation some milliseconds an image. A helper imports neither torch nor anything else of
-the run."""
+"""Processes that draw diagrams and count while the program goes on: matplotlib takes a second to import and a fifth of
+one for each figure, COCO's evaluation some milliseconds an image. A helper imports no torch, which would take longer.
+"""
 
 from __future__ import annotations
 
@@ -12,22 +12,24 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, suppress
+from functools import partial
 from multiprocessing.context import SpawnContext, SpawnProcess
 from types import ModuleType
 from typing import Any
 
 from utils import curves
+from utils.cores import available_cores
 from utils.errors import ResourceError
 
 MOST_HELPERS = 4
 
 
-def spare(cores: int | None = None) -> int:
+def helper_count(cores: int | None = None) -> int:
     """How many helpers there are cores for, at least one."""
-    return max(1, min(MOST_HELPERS, (cores or os.cpu_count() or 1) // 4))
+    return max(1, min(MOST_HELPERS, (cores or available_cores()) // 4))
 
 
 class Helpers(AbstractContextManager):
@@ -35,53 +37,61 @@ class Helpers(AbstractContextManager):
     for later; :meth:`close`, or leaving the ``with`` block, waits until all is done. A block left by an exception ends
     them, as the end of the program does.
 
-    Helpers start at once, ``count`` of them: :func:`spare`. What one could not draw is raised by ``close``.
+    Helpers start at once, ``count`` of them: :func:`helper_count`. What one could not draw is raised by
+    ``close``.
     """
 
     def __init__(
         self, cores: int | None = None, prepare: Sequence[Callable[[], None]] = (curves.prepare_drawing,)
     ) -> None:
         """``prepare``: functions that they call while the program is still starting."""
-        self.count = spare(cores)
+        self.count = helper_count(cores)
         context = SpawnContext()
         context.Process = _Helper
         self._closed = False
         self._pool = ProcessPoolExecutor(self.count, context, initializer=_begin, initargs=(os.getcwd(), prepare))
-        self._done = [self._pool.submit(int) for _ in range(self.count)]  # nothing, but a process starts for each
+        for _ in range(self.count):
+            self._pool.submit(int)  # nothing to do, but a process starts for each
+        self._drawn: list[Future] = []
+        self._lost = False
 
     def draw(self, name: str, *arguments: Any) -> None:
         """Have ``curves.<name>(*arguments)`` done. The arguments are pickled: plain data, paths and arrays."""
-        with suppress(BrokenProcessPool):  # the run goes on: close() tells
-            self._done.append(self._pool.submit(getattr(curves, name), *arguments))
+        try:
+            self._drawn.append(self._pool.submit(getattr(curves, name), *arguments))
+        except BrokenProcessPool:
+            self._lost = True  # the run goes on: close() tells
 
     def begin(self, function: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
-        """Have a function called; returns what waits for its result. Function, arguments and result are pickled.
-        Raises what the function raises, and ResourceError when a helper was lost."""
+        """Have a function called; returns what waits for its result, or for what it raises. Function, arguments and
+        result are pickled. When a helper is lost, the one who asks for the result calls the function."""
+        here = partial(function, *arguments)
+        try:
+            future = self._pool.submit(function, *arguments)
+        except BrokenProcessPool:
+            return here
 
         def result() -> Any:
             try:
                 return future.result()
             except BrokenProcessPool:
-                raise _lost() from None
+                return here()
 
-        try:
-            future = self._pool.submit(function, *arguments)
-        except BrokenProcessPool:
-            raise _lost() from None
         return result
 
     def close(self) -> None:
-        """Wait until everything is done; once. Raises ResourceError when something could not be."""
+        """Wait until everything is done; once. Raises ResourceError when something could not be drawn."""
         if self._closed:
             return
         self._closed = True
+        self._pool.shutdown()
         try:
-            self._done.append(self._pool.submit(int))  # raises if a helper was lost while nothing was to be done
-            self._pool.shutdown()
-            for future in self._done:
+            for future in self._drawn:
                 future.result()
         except BrokenProcessPool:
-            raise _lost() from None
+            self._lost = True
+        if self._lost:
+            raise ResourceError("diagrams are missing: a process that draws them was killed (is memory short?)")
 
     def __exit__(self, kind: type | None, *exc: object) -> None:
         try:
@@ -107,10 +117,6 @@ class _Helper(SpawnProcess):
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-def _lost() -> ResourceError:
-    return ResourceError("diagrams or COCO's numbers are missing: a process that makes them was killed (memory short?)")
-
-
 def _begin(folder: str, prepare: Sequence[Callable[[], None]]) -> None:
     os.setsid()  # a SIGTERM to the whole group is for the program, too
     program = multiprocessing.parent_process()
@@ -119,4 +125,5 @@ def _begin(folder: str, prepare: Sequence[Callable[[], None]]) -> None:
     warnings.simplefilter("ignore")  # matplotlib's, about letters that its font does not have
     logging.disable(logging.WARNING)
     for function in prepare:
-        function()
+        with suppress(ImportError):  # what needs it will tell
+            function()

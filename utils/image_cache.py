@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from utils.console import LOGGER, progress
+from utils.cores import available_cores
 from utils.dist import World, gather
 from utils.errors import ConfigError, DataError
 from utils.files import atomic_open
@@ -241,7 +242,7 @@ def _fill(
             if not tolerant:
                 raise
 
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # OpenCV decodes outside the interpreter lock
+    with ThreadPoolExecutor(min(8, available_cores())) as pool:  # OpenCV decodes outside the interpreter lock
         for _ in progress(pool.map(keep, numbers), total=len(numbers), desc=title, enabled=show):
             pass
 

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from utils.console import LOGGER, progress
+from utils.cores import available_cores
 from utils.errors import DataError
 from utils.files import atomic_open, remove_leftovers
 from utils.images import MAX_PIXELS, check_image, list_images
@@ -145,8 +146,7 @@ def _scan(
 
 def _read_entries(images: list[str], todo: np.ndarray, nc: int | None) -> Iterator[Entry]:
     """:func:`read_entry` of the images of these numbers, in order, by several threads: they wait for the disk."""
-    workers = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-    with ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(min(8, available_cores())) as pool:
         for first in range(0, len(todo), _CHUNK):
             chunk = todo[first : first + _CHUNK]
             parts = [chunk[at : at + _TASK] for at in range(0, len(chunk), _TASK)]

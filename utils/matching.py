@@ -73,6 +73,11 @@ def joined(parts: Sequence[np.ndarray], width: int) -> np.ndarray:
     return np.concatenate([np.empty((0, width), np.float32), *(np.asarray(part, np.float32) for part in parts)])
 
 
+def image_of(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """(N,) int64: the image of each of the rows of all images."""
+    return np.repeat(np.arange(len(parts)), [len(rows) for rows in parts])
+
+
 def _portions(partners: np.ndarray) -> Iterator[slice]:
     """Detections that have no more than MOST_PAIRS pairs together, or a single one that has."""
     done, pairs = 0, partners.cumsum()

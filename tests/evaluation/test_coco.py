@@ -55,6 +55,12 @@ def test_text_ids_and_unknown_images():
     assert evaluate_coco(truth, found) == evaluate_coco(without, others[others.image != 0])
 
 
+def test_an_image_listed_twice_counts_once():
+    truth, found = bccd_as_coco(range(87))
+    twice = {**truth, "images": [truth["images"][0], *truth["images"]]}
+    assert evaluate_coco(twice, found) == evaluate_coco(truth, found)
+
+
 def test_no_detections_at_all_is_zero():
     truth, found = bccd_as_coco(range(87))
     assert evaluate_coco(truth, found[found.image < 0])["AP"] == 0

@@ -75,15 +75,27 @@ def test_results_and_errors_reach_who_asks_for_them() -> None:
             wrong()
 
 
-def test_a_helper_lost_while_its_result_is_waited_for() -> None:
+def test_what_a_lost_helper_had_to_compute_is_computed_here() -> None:
     helpers = Helpers(cores=1)
-    result = helpers.begin(os.abort)
-    with pytest.raises(ResourceError, match="was killed"):
-        result()
-    with pytest.raises(ResourceError, match="was killed"):
-        helpers.begin(int)
-    with pytest.raises(ResourceError, match="was killed"):
-        helpers.close()
+    lost, next_one = helpers.begin(_end_in_a_helper, os.getpid()), helpers.begin(divmod, 7, 3)
+    assert lost() == "here" and next_one() == (2, 1)
+    assert helpers.begin(divmod, 8, 3)() == (2, 2)
+    helpers.close()  # no diagram is missing
+
+
+def _end_in_a_helper(program: int) -> str:
+    if os.getpid() != program:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return "here"
+
+
+def test_what_cannot_be_prepared_is_told_by_what_needs_it() -> None:
+    with Helpers(cores=1, prepare=[_not_installed]) as helpers:
+        assert helpers.begin(divmod, 7, 3)() == (2, 1)
+
+
+def _not_installed() -> None:
+    raise ImportError
 
 
 # a program without a guard: if helpers ran it again, they would print, import torch and start helpers of their own

@@ -1,6 +1,7 @@
 """val.py from the command line: files, numbers, and one clear line for each kind of wrong input."""
 
 import json
+import multiprocessing
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,8 @@ import torch
 
 import engine.evaluator
 import val
-from utils.errors import CheckpointError, ConfigError, DataError
+from utils import helpers
+from utils.errors import CheckpointError, ConfigError, DataError, ResourceError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -204,3 +206,73 @@ def test_a_file_of_one_size_is_not_asked_for_others(flags: list[str], small, tmp
     with pytest.raises(ConfigError, match=f"{flags[0]}.*takes one image size"):
         val.main([*argv, *flags, "--project", str(tmp_path / "runs")])
     assert not (tmp_path / "runs").exists()
+
+
+def test_helpers_change_nothing(small, tmp_path, monkeypatch, capsys):
+    """Where there are cores to spare, other processes draw and compute COCO's numbers: the same words and files."""
+    said, files = [], []
+    for cores in (2, 16):
+        monkeypatch.setattr(helpers, "available_cores", lambda cores=cores: cores)
+        assert val.main([*flags(small, tmp_path, name=f"on{cores}"), "--save-json"]) == 0
+        words = capsys.readouterr().out.replace(f"on{cores}", "")
+        said.append([line for line in words.splitlines() if "Speed" not in line])
+        files.append({file.name: file.read_bytes() for file in (tmp_path / f"on{cores}").iterdir()})
+    assert said[0] == said[1] and files[0] == files[1] and len(files[0]) == 8
+    assert any(line.startswith("COCO AP") for line in said[0])
+
+
+def test_lost_helpers_cost_diagrams_and_nothing_else(small, tmp_path, monkeypatch, capsys):
+    def begin(self, *call, begin=helpers.Helpers.begin):
+        for process in multiprocessing.active_children():
+            process.kill()
+        return begin(self, *call)
+
+    monkeypatch.setattr(helpers, "available_cores", lambda: 16)
+    monkeypatch.setattr(helpers.Helpers, "begin", begin)
+    with pytest.raises(ResourceError, match="diagrams are missing"):
+        val.main([*flags(small, tmp_path), "--save-json"])
+    out = capsys.readouterr().out
+    assert "all " in out and "COCO AP" in out and (tmp_path / "exp" / "model_predictions.json").is_file()
+    assert val.main([*flags(small, tmp_path), "--noplots"]) == 0
+
+
+@pytest.mark.parametrize("cores", [2, 16])
+def test_a_package_that_is_there_and_does_not_load(small, tmp_path, monkeypatch, caplog, capsys, cores):
+    """Its compiled part may be for another machine."""
+    (tmp_path / "faster_coco_eval").mkdir()
+    (tmp_path / "faster_coco_eval" / "__init__.py").write_text("raise ImportError")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.startswith("faster_coco_eval")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(helpers, "available_cores", lambda: cores)
+    assert val.main(flags(small, tmp_path, project=tmp_path / "runs")) == 0
+    assert "COCO AP needs a package" in caplog.text and "all " in capsys.readouterr().out
+    assert (tmp_path / "runs" / "exp" / "PR_curve.png").is_file()
+
+
+def test_cocos_own_annotations_count(small, tmp_path, capsys):
+    """Those of val2017, and a damaged file is refused before there is a folder."""
+    from models.yolo import DetectionModel
+    from utils.checkpoint import save_checkpoint
+
+    model, names = DetectionModel("yolov5n.yaml", nc=80), {number: str(number) for number in range(80)}
+    save_checkpoint(tmp_path / "coco.pt", model.state_dict(), {"yaml": model.yaml, "names": names, "nc": 80})
+    for part, ending in (("images", "png"), ("labels", "txt")):
+        (tmp_path / "coco" / part / "val2017").mkdir(parents=True)
+        for number in range(3):
+            file = tmp_path / "coco" / part / "val2017" / f"{number:012}.{ending}"
+            file.write_bytes((small / part / "val" / f"{number}.{ending}").read_bytes())
+    (tmp_path / "coco.yaml").write_text(f"path: coco\ntrain: images/val2017\nval: images/val2017\nnames: {names}\n")
+    annotations = tmp_path / "coco" / "annotations" / "instances_val2017.json"
+    annotations.parent.mkdir()
+    annotations.write_text("{}")
+    argv = flags(small, tmp_path, data=tmp_path / "coco.yaml", weights=tmp_path / "coco.pt", project=tmp_path / "runs")
+    with pytest.raises(DataError, match=r"instances_val2017\.json: not a COCO annotation file"):
+        val.main([*argv, "--noplots"])
+    assert not (tmp_path / "runs").exists()
+    label = {"id": 1, "image_id": 1, "category_id": 90, "bbox": [0, 0, 1, 1], "area": 1, "segmentation": [[0, 0]]}
+    images, categories = [{"id": number} for number in range(3)], [{"id": number} for number in (1, 2, 90)]
+    annotations.write_text(json.dumps({"images": images, "annotations": [label], "categories": categories}))
+    assert val.main([*argv, "--noplots"]) == 0
+    out = capsys.readouterr().out
+    assert f"against {annotations})" in out and "AP_large -1.000" in out  # the labels, large, are not looked at

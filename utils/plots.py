@@ -21,6 +21,8 @@ _HEX = (
     "FF3838 FF9D97 FF701F FFB21D CFD231 48F90A 92CC17 3DDB86 1A9334 00D4BB "
     "2C99A8 00C2FF 344593 6473FF 0018EC 8438FF 520085 CB38FF FF95C8 FF37C7"
 )
+EAST_ASIAN = "\u2e80"
+"""From here on Unicode is Chinese, Japanese and Korean, of which DejaVu Sans has nothing."""
 PALETTE: tuple[Colour, ...] = tuple(tuple(bytes.fromhex(code)) for code in _HEX.split())
 """Twenty RGB colours; class c has colour c mod 20."""
 
@@ -81,20 +83,27 @@ def _draw_label(
 
 @lru_cache(maxsize=512)
 def _text_mask(text: str, scale: float) -> np.ndarray:
-    """uint8 (h, w) coverage of a text with a margin; OpenCV's font for ASCII, DejaVu Sans otherwise."""
+    """uint8 (h, w) coverage of a text with a margin; OpenCV's font for ASCII, DejaVu Sans otherwise, and for what that
+    has not OpenCV's fonts, from its version 5 on."""
+    margin = max(2, round(3 * scale))
     if text.isascii():
         thickness = max(1, round(scale * 2))
         (w, h), base = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, scale, thickness)
-        margin = max(2, round(3 * scale))
         mask = np.zeros((h + base + margin, w + 2 * margin), np.uint8)
         origin = (margin, h + margin)
         cv2.putText(mask, text, origin, cv2.FONT_HERSHEY_SIMPLEX, scale, 255, thickness, cv2.LINE_AA)
         return mask
-    font = _font(max(9, round(30 * scale)))
+    size = max(9, round(30 * scale))
+    if max(text) >= EAST_ASIAN and hasattr(cv2, "FontFace"):
+        face = cv2.FontFace("sans")
+        x, y, w, h = cv2.getTextSize((0, 0), text, (0, 0), face, size)
+        mask = np.zeros((h + 2 * margin, w + 2 * margin), np.uint8)
+        cv2.putText(mask, text, (margin - x, margin - y), 255, face, size)
+        return mask
+    font = _font(size)
     left, top, right, bottom = font.getbbox(text)
     from PIL import Image, ImageDraw
 
-    margin = max(2, round(3 * scale))
     picture = Image.new("L", (math.ceil(right - left) + 2 * margin, math.ceil(bottom - top) + 2 * margin))
     ImageDraw.Draw(picture).text((margin - left, margin - top), text, fill=255, font=font)
     return np.asarray(picture)

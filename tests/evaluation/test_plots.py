@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from utils import curves
+from utils import curves, plots
 from utils.errors import ResourceError
 from utils.plots import PALETTE, batch_tiles, class_colour, draw_detections, plot_batch, write_image
 
@@ -40,6 +40,19 @@ def test_channel_order():
     box, colour = np.array([[10, 10, 50, 50]]), (250, 10, 20)
     assert draw_detections(grey(60, 60), box, [""], [colour])[10, 30].tolist() == [250, 10, 20]
     assert draw_detections(grey(60, 60), box, [""], [colour], bgr=True)[10, 30].tolist() == [20, 10, 250]
+
+
+def test_chinese_japanese_and_korean_names_are_drawn():
+    """Each letter as it is, not as the box that stands for a letter that a font has not."""
+    box = np.array([[20, 60, 180, 150]])
+    texts = ("红细胞", "血小板", "白血球", "さくら", "적혈구", "\U000e0000" * 3)
+    drawn = {text: draw_detections(grey(200, 200), box, [text], [(0, 0, 0)]) for text in texts}
+    assert len({picture.tobytes() for picture in drawn.values()}) == len(texts)
+    boxes = plots._text_mask("\U000e0000" * 3, 0.4)
+    for text in texts[:-1]:
+        mask = plots._text_mask(text, 0.4)
+        thirds = [part.tobytes() for part in np.array_split(mask[:, : mask.shape[1] // 3 * 3], 3, axis=1)]
+        assert len(set(thirds)) == 3 and mask.any() and not np.array_equal(mask, boxes)
 
 
 def test_names_beyond_ascii_are_drawn_not_questioned():

@@ -13,6 +13,7 @@ left half-written. This file is the command line; the work is in deploy/.
 from __future__ import annotations
 
 import argparse
+import random
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +24,9 @@ from utils.cli import Parser, check_weights, image_size_flag, keywords_to_argv
 from utils.config import check_thresholds
 from utils.errors import CheckpointError, ConfigError, run_cli
 from utils.files import ROOT
+
+CALIBRATED_ON = 128
+"""Pictures of --int8."""
 
 
 def build_parser() -> Parser:
@@ -41,6 +45,9 @@ def build_parser() -> Parser:
     shape.add_argument("--dynamic", action="store_true", help="any batch and any size, multiples of the stride")
     shape.add_argument("--half", action="store_true", help="float16 weights and input; DCN still samples in float32")
 
+    int8 = "ONNX in eight bits, for CPUs: needs --data; the head and DCN layers stay in float32"
+    shape.add_argument("--int8", action="store_true", help=int8)
+
     form = parser.add_argument_group("form")
     form.add_argument("--opset", type=int, metavar="N", help="of ONNX (default: 19 with DeformConv, else 18)")
     dcn = "DCN layers as one operator, from GridSample where a runtime lacks it, or by the kernel of training, in aoti "
@@ -55,7 +62,8 @@ def build_parser() -> Parser:
     run.add_argument("--output", default="", metavar="DIR", help="folder for the files (default: beside the weights)")
     image = "picture to compare on (default: one of data/images)"
     run.add_argument("--image", default=str(ROOT / "data" / "images" / "jockey.jpg"), metavar="FILE", help=image)
-    run.add_argument("--data", default="", help=argparse.SUPPRESS)  # of old command lines: names are in the checkpoint
+    data = "of --int8: the data set whose training pictures it is calibrated on"
+    run.add_argument("--data", default="", metavar="YAML", help=data)  # old command lines have it without: no matter
     run.add_argument("--simplify", action="store_true", help=argparse.SUPPRESS)  # torch's exporter does so itself
     run.add_argument("--device", default="cpu", help="where to trace and compare: cpu, 0, ... (default: cpu)")
     run.add_argument("--debug", action="store_true", help="show a traceback instead of a one-line error")
@@ -73,7 +81,19 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     check_thresholds(args.conf_thres, args.iou_thres, args.max_det)
     if args.nms and "onnx" not in args.include:
         raise ConfigError("--nms: goes into ONNX files only; add onnx to --include")
+    if args.int8 and not args.data:
+        raise ConfigError("--int8: needs --data YAML, a data set whose training pictures it is calibrated on")
     return args
+
+
+def calibration_pictures(data: str) -> tuple[str, ...]:
+    """Up to CALIBRATED_ON training pictures of a data set, the same ones each time. Raises ConfigError, DataError."""
+    from utils.config import DataConfig
+    from utils.images import list_images
+
+    pictures = list_images(DataConfig.load(data).split("train"))
+    random.Random(0).shuffle(pictures)
+    return tuple(pictures[:CALIBRATED_ON])
 
 
 def formats_of(args: argparse.Namespace) -> list[Format]:
@@ -118,6 +138,7 @@ def export_all(args: argparse.Namespace) -> list[Path]:
         max_det=args.max_det,
         folder=Path(args.output) if args.output else None,
         device=select_device(args.device),
+        calibration=calibration_pictures(args.data) if args.int8 else (),
     )
     job = prepare(args.weights, options, read_image(args.image), args.cfg or None)
     for kind in formats:

@@ -1,11 +1,11 @@
 """val.py and detect.py on the CPU as a user runs them: seconds for a whole val, milliseconds an image for detect.
 
-    python -m benchmarks.inference_cpu --data bccd.yaml --weights yolov5n=n.pt yolov5s=s.pt yolov5s-dcn=dcn.pt
+    python -m benchmarks.inference_cpu --data bccd.yaml --weights yolov5n=n.pt yolov5s=s.pt yolov5s-dcn=dcn.pt --int8
 
 Upstream's figures are those of the same work on the same kind of machine (2 cores of an EPYC, 2026-11-24, 87 images
 of BCCD at 640 px, batch 32, trained weights): they make the ratio. The limit is the bare forward pass, timed here;
 beside it the same pass with weights and image laid out the usual way, turn by turn in one process. On a CPU with
-bfloat16 products each model has a second row, with --half.
+bfloat16 products each model has a second row, with --half; with --int8 a third, of its ONNX file in eight bits.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+import export
 from benchmarks.report import cpu_name, heading, table
 from models.loading import load_model
 from models.surgery import in_dtype
@@ -62,12 +63,15 @@ def forward_ms(weights: Path, imgsz: int, dtype: torch.dtype, repeats: int = 9) 
 def measure(name: str, file: str, args: argparse.Namespace, folder: Path, images: int, half: bool) -> list[float]:
     """A row of the table, without its name."""
     shared = ["--weights", file, "--imgsz", str(args.imgsz), *(["--half"] if half else [])]
-    val_seconds, _ = run("val.py", *shared, "--data", args.data, "--batch-size", "32", "--workers", "2")
+    val_seconds, printed = run("val.py", *shared, "--data", args.data, "--batch-size", "32", "--workers", "2")
+    print(f"{name}: {re.search(r'^ +all .*$', printed, re.MULTILINE).group().strip()}", file=sys.stderr)
     whole, out = run("detect.py", *shared, "--source", str(folder), "--nosave")
     stages = re.findall(r"([\d.]+)ms (?:pre-process|inference|NMS)", out.split("Speed:")[-1])
     per_image = sum(map(float, stages))
     then_val, then_detect = UPSTREAM.get(name, (float("nan"),) * 2)
-    limit, usual = forward_ms(Path(file), args.imgsz, torch.bfloat16 if half else torch.float32)
+    ours = file.endswith(".pt")
+    dtype = torch.bfloat16 if half else torch.float32
+    limit, usual = forward_ms(Path(file), args.imgsz, dtype) if ours else (float("nan"),) * 2
     row = [val_seconds, then_val, then_val / val_seconds, per_image, then_detect, then_detect / per_image]
     return [*row, whole * 1000 / images, limit, usual, usual / limit]
 
@@ -78,6 +82,7 @@ def main() -> None:
     demo = "yolov5n-dcn=data/demo/yolov5n-dcn-start.pt"
     parser.add_argument("--weights", nargs="+", default=[demo], metavar="NAME=FILE")
     parser.add_argument("--imgsz", type=int, default=640)
+    parser.add_argument("--int8", action="store_true", help="ONNX files in eight bits as well")
     args = parser.parse_args()
     folder = DataConfig.load(args.data).val[0]
     images = len(list(folder.iterdir()))
@@ -87,6 +92,10 @@ def main() -> None:
         rows.append([name, *measure(name, file, args, folder, images, half=False)])
         if cpu_has_bfloat16():
             rows.append([f"{name} --half", *measure(name, file, args, folder, images, half=True)])
+        if args.int8:
+            with tempfile.TemporaryDirectory() as out:
+                [path] = export.run(weights=file, int8=True, dynamic=True, data=args.data, imgsz=args.imgsz, output=out)
+                rows.append([f"{name} --int8", *measure(name, str(path), args, folder, images, half=False)])
     print(heading(cpu_name()))
     header = [
         "model",

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from utils.augmentations import letterbox
+from utils.console import plural
 from utils.device import to_network_input
 from utils.errors import ExportError
 from utils.nms import non_max_suppression
@@ -85,6 +86,43 @@ def detection_difference(expected: Tensor, found: Tensor, conf: float, iou: floa
     if invented > 0.05 * (invented + len(values)):
         raise ExportError(f"finds {invented} objects that the model does not find, beside {len(values)} that it does")
     return Difference(*(max(column) for column in zip(*values, (0.0, 0.0, 0.0))), len(values))
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Of the ``objects`` that the model finds on some ``pictures`` the file finds ``found``, and ``others`` that are
+    its own."""
+
+    pictures: int = 0
+    objects: int = 0
+    found: int = 0
+    others: int = 0
+
+    def __add__(self, more: Agreement) -> Agreement:
+        return Agreement(*(getattr(self, each.name) + getattr(more, each.name) for each in fields(self)))
+
+    def text(self) -> str:
+        where = f"on {plural(self.pictures, 'picture')} of the data set"
+        return f"finds {self.found} of the {self.objects} objects that PyTorch finds {where}, and {self.others} others"
+
+
+def agreement(expected: Tensor, found: Tensor, conf: float, iou: float) -> Agreement:
+    """Of decoded predictions (B, N, 5 + nc) of the model and of a file in eight bits. Objects of both have a confidence
+    clearly above ``conf`` (by BARELY), their partners one that is not clearly below."""
+    counts = [0, 0, 0]
+    sides = [non_max_suppression(rows.float().cpu(), conf - BARELY, iou) for rows in (expected, found)]
+    for here, there in zip(*sides):
+        sure, theirs = here[here[:, 4] > conf + BARELY], there[there[:, 4] > conf + BARELY]
+        counts[0] += len(sure)
+        counts[1] += sum(_apart(row, there) is not None for row in sure)
+        counts[2] += sum(_apart(row, here) is None for row in theirs)
+    return Agreement(len(expected), *counts)
+
+
+def refuse_if_other(seen: Agreement) -> None:
+    """Raise ExportError where a file in eight bits misses more than a tenth of the objects, or finds as many others."""
+    if max(seen.objects - seen.found, seen.others) > 0.1 * max(seen.objects, seen.found):
+        raise ExportError(f"does not find what the model does: {seen.text()}")
 
 
 def _apart(row: Tensor, others: Tensor) -> tuple[float, float, float] | None:

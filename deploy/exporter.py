@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -16,7 +16,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deploy.checking import Difference, detection_difference, difference, input_batch, refuse_if_far
+from deploy.checking import (
+    Agreement,
+    Difference,
+    agreement,
+    detection_difference,
+    difference,
+    input_batch,
+    refuse_if_far,
+    refuse_if_other,
+)
 from deploy.contract import Runtime
 from deploy.formats import Format
 from deploy.metadata import Metadata, describe
@@ -33,6 +42,10 @@ from models.surgery import fuse
 from models.yolo import DetectionModel
 from utils.console import LOGGER
 from utils.errors import ConfigError, ExportError, ResourceError, UserError, explain_memory_error, explain_os_error
+from utils.images import read_image
+
+PICTURES_COMPARED = 32
+"""Of those that a file in eight bits was calibrated on."""
 
 WIDE = ("openvino", "ncnn")
 """Formats whose converters make float16 themselves, from a float32 model."""
@@ -42,7 +55,8 @@ WIDE = ("openvino", "ncnn")
 class ExportOptions:
     """What the flags of export.py ask for. ``imgsz`` (height, width); ``dcn``: a form of DCN layers, empty for the one
     that suits each format; ``nms``: suppression inside, with ``conf``, ``iou`` and ``max_det``; ``folder``: where files
-    go, None for beside the weights; ``meta``: whether a .wts says what it is."""
+    go, None for beside the weights; ``meta``: whether a .wts says what it is; ``calibration``: pictures whose ranges
+    make a file in eight bits, none for one in floats."""
 
     imgsz: tuple[int, int] = (640, 640)
     batch: int = 1
@@ -57,6 +71,7 @@ class ExportOptions:
     folder: Path | None = None
     device: torch.device = torch.device("cpu")
     meta: bool = True
+    calibration: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -96,6 +111,10 @@ def check_options(job: Job, kind: Format) -> None:
     """Raise ConfigError for options that a format cannot take, before anything is written."""
     options = job.options
     form_of(job.plain, options.dcn, kind.name, options.device)
+    if options.calibration and kind.name != "onnx":
+        raise ConfigError(f"--int8: goes into ONNX files only; leave out --include {kind.name}")
+    if options.calibration and options.half:
+        raise ConfigError("--int8 and --half: choose one")
     if kind.name == "ncnn" and (options.dynamic or options.batch != 1):
         raise ConfigError("--include ncnn: runs one image of one size; leave out --dynamic and --batch-size")
 
@@ -108,7 +127,8 @@ def export(job: Job, kind: Format, target: Path | None = None) -> Path:
     a file that computes something else; ResourceError where the folder cannot be written to.
     """
     check_options(job, kind)
-    target = target or kind.file_for(job.weights, job.options.folder)
+    ending = "_int8" if job.options.calibration else ""
+    target = target or kind.file_for(job.weights.with_stem(job.weights.stem + ending), job.options.folder)
     if target.exists() and target.samefile(job.weights):
         raise ConfigError(
             f"--include {kind.name}: would replace {job.weights} itself; give another folder with --output"
@@ -162,7 +182,12 @@ def _check(job: Job, kind: Format, path: Path) -> str:
     if kind.name == "wts":
         compare_wts(job.plain, path)
         return "read back, every value the same"
-    return "; ".join(each.text() for each in compare(job, open_runtime(path, job.options.device)))
+    runtime = open_runtime(path, job.options.device)
+    if job.options.calibration:
+        seen = compare_int8(job, runtime)
+        refuse_if_other(seen)
+        return seen.text()
+    return "; ".join(each.text() for each in compare(job, runtime))
 
 
 def _write_engine(job: Job, path: Path) -> str:
@@ -187,7 +212,9 @@ def metadata(job: Job, name: str) -> Metadata:
     """What the file of a format will say of itself."""
     options = job.options
     form = form_of(job.plain, options.dcn, name, options.device)
-    meta = describe(job.plain, options.imgsz, batch=options.batch, dynamic=options.dynamic, half=options.half, dcn=form)
+    int8 = bool(options.calibration)
+    about = {"batch": options.batch, "dynamic": options.dynamic, "half": options.half, "int8": int8, "dcn": form}
+    meta = describe(job.plain, options.imgsz, **about)
     return replace(meta, nms=options.max_det) if name == "onnx" and options.nms else meta
 
 
@@ -210,7 +237,8 @@ def _writer(job: Job, name: str) -> Callable[[ExportModel, Tensor, Path, Metadat
     if name == "onnx":
         suppress = {"conf": options.conf, "iou": options.iou, "max_det": options.max_det} if options.nms else None
         opset = check_opset(options.opset, form_of(job.plain, options.dcn, name))
-        return partial(export_onnx, opset=opset, suppress=suppress)
+        calibration = calibration_batches(options) if options.calibration else None
+        return partial(export_onnx, opset=opset, suppress=suppress, calibration=calibration)
     if name == "openvino":
         from deploy.to_openvino import export_openvino
 
@@ -242,6 +270,24 @@ def compare(job: Job, runtime: Runtime) -> list[Difference]:
         refuse_if_far(far, meta.half)
         found.append(far)
     return found
+
+
+def calibration_batches(options: ExportOptions, most: int | None = None) -> Iterator[np.ndarray]:
+    """The calibration pictures, or ``most`` of them, as inputs of the file, float32 (batch, 3, H, W), each picture
+    beside its mirror image."""
+    for file in options.calibration[:most]:
+        yield input_batch(read_image(file), options.imgsz, options.batch, torch.device("cpu")).numpy()
+
+
+def compare_int8(job: Job, runtime: Runtime) -> Agreement:
+    """A file in eight bits beside the model on some of the calibration pictures."""
+    seen, options = Agreement(), job.options
+    for batch in calibration_batches(options, PICTURES_COMPARED):
+        images = torch.from_numpy(batch).to(options.device)
+        with torch.no_grad():
+            expected, given = job.model(images)[0], runtime(images)[0]
+        seen += agreement(expected, given, options.conf, options.iou)
+    return seen
 
 
 def _temporary_folder(parent: Path) -> Path:

@@ -25,8 +25,9 @@ MAX_ROWS = 30_000
 class Metadata:
     """``names`` in the order of the classes; ``stride``: what the sides of the input are multiples of, pixels;
     ``strides`` of the levels; ``imgsz`` (height, width) and ``batch`` the file was made for, and all it takes unless
-    ``dynamic``; ``half``: float16 weights; ``nms``: 0, or the most rows (n, 7) for a class and image that come out in
-    place of all predictions; ``dcn``: the form of its DCN layers, empty without any; ``version`` of this program."""
+    ``dynamic``; ``half``: float16 weights; ``int8``: eight bits; ``nms``: 0, or the most rows (n, 7) for a class and
+    image that come out in place of all predictions; ``dcn``: the form of its DCN layers, empty without any; ``version``
+    of this program."""
 
     names: tuple[str, ...]
     stride: int
@@ -35,6 +36,7 @@ class Metadata:
     batch: int = 1
     dynamic: bool = False
     half: bool = False
+    int8: bool = False
     nms: int = 0
     dcn: str = ""
     version: str = ""
@@ -85,7 +87,7 @@ def _checked(found: dict[str, Any], source: str) -> Metadata:
         and all(type(stride) in (int, float) and 0 < stride <= MAX_SIDE for stride in strides)
         and len(imgsz) == 2
         and all(is_count(value, MAX_SIDE) for value in (*imgsz, found["stride"], found.get("batch", 1)))
-        and all(type(found.get(name, False)) is bool for name in ("dynamic", "half"))
+        and all(type(found.get(name, False)) is bool for name in ("dynamic", "half", "int8"))
         and is_count(found.get("nms", 0) + 1 if type(found.get("nms", 0)) is int else None, MAX_ROWS)
         and all(isinstance(found.get(name, ""), str) for name in ("dcn", "version", "task"))
     )

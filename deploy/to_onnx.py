@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from deploy.dcn_forms import ExportDCN
 from deploy.metadata import Metadata
+from deploy.to_int8 import nodes_within, quantise
 from deploy.wrap import ExportModel, dynamic_axes, quiet
 from utils.errors import ConfigError
 
@@ -29,11 +33,18 @@ def check_opset(opset: int | None, form: str) -> int:
 
 
 def export_onnx(
-    model: ExportModel, example: Tensor, path: Path, meta: Metadata, opset: int, suppress: dict[str, Any] | None
+    model: ExportModel,
+    example: Tensor,
+    path: Path,
+    meta: Metadata,
+    opset: int,
+    suppress: dict[str, Any] | None,
+    calibration: Iterable[np.ndarray] | None = None,
 ) -> None:
     """Write ``path``. ``example`` (B, 3, H, W) has the size, and unless ``meta.dynamic`` the only size, of the input.
 
-    ``suppress``: conf, iou and max_det of suppression inside the file (--nms), None without it.
+    ``suppress``: conf, iou and max_det of suppression inside the file (--nms), None without it. ``calibration``:
+    inputs as ``example``, whose ranges are those of a file in eight bits; None for one in floats.
     """
     import onnx
 
@@ -50,9 +61,14 @@ def export_onnx(
             verbose=False,
         )
     proto = program.model_proto
+    deformable = [name for name, module in model.named_modules() if isinstance(module, ExportDCN)]
+    sampling = nodes_within(proto.graph, deformable)
     _strip(proto.graph)
     if meta.dynamic:
         _name_axes(proto.graph)
+    if calibration is not None:
+        with quiet(""):  # the root logger
+            proto = quantise(proto, path.parent, calibration, sampling)
     if suppress is not None:
         proto = _with_suppression(proto, len(meta.names), **suppress)
     onnx.helper.set_model_props(proto, meta.entries())

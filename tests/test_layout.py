@@ -41,8 +41,8 @@ models
 deploy.fused_dcn
 deploy.formats deploy.dcn_forms deploy.metadata deploy.checking deploy.tensorrt.backend deploy.tensorrt.sizes \
     deploy.tensorrt.plugin.kernels
-deploy.contract deploy.cxx deploy.wrap deploy.to_wts deploy.tensorrt.network deploy.tensorrt.onnx_backend \
-    deploy.tensorrt.trt_backend deploy.tensorrt.engine_file deploy.tensorrt.plugin.compile
+deploy.contract deploy.cxx deploy.wrap deploy.to_int8 deploy.to_wts deploy.tensorrt.network \
+    deploy.tensorrt.onnx_backend deploy.tensorrt.trt_backend deploy.tensorrt.engine_file deploy.tensorrt.plugin.compile
 deploy.to_onnx deploy.to_torch deploy.to_openvino deploy.to_ncnn deploy.tensorrt.plugin_backend \
     deploy.tensorrt.plugin.build
 deploy.run_onnx deploy.run_torch deploy.run_openvino deploy.run_ncnn \

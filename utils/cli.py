@@ -26,7 +26,6 @@ ABSENT = {
     "--upload_dataset": "nothing is uploaded from here",
     "--bbox_interval": "no hosted logger is built in; results.csv and TensorBoard are always written",
     "--artifact_alias": "no hosted logger is built in; results.csv and TensorBoard are always written",
-    "--int8": "eight-bit files are not offered; --half halves them",
     "--keras": "TensorFlow's formats are not offered (see export.py --list)",
     "--optimize": "no such form of TorchScript is offered",
     "--inplace": "the exported arithmetic needs no such switch",

@@ -117,7 +117,7 @@ def test_suppression_inside(tiny: Path, make_job, picture: np.ndarray, tmp_path:
         (["--include", "wts", "onnx", "--dcn", "fused"], "--dcn fused: not in onnx here"),
         (["--image", "nowhere.jpg"], "nowhere.jpg"),
         (["--conf-thres", 2], "--conf-thres"),
-        (["--int8"], "--int8: eight-bit files are not offered"),
+        (["--int8"], "--int8: needs --data YAML"),
         (["--dcm", "gridsample"], "--dcm: no such flag, did you mean '--dcn'?"),
     ],
 )

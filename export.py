@@ -17,13 +17,18 @@ import random
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from deploy.formats import Format, chosen, table
 from utils.cli import Parser, check_weights, image_size_flag, keywords_to_argv
 from utils.config import check_thresholds
-from utils.errors import CheckpointError, ConfigError, run_cli
+from utils.errors import CheckpointError, ConfigError, DataError, run_cli
 from utils.files import ROOT
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from utils.config import DataConfig
 
 CALIBRATED_ON = 128
 """Pictures of --int8."""
@@ -60,7 +65,7 @@ def build_parser() -> Parser:
 
     run = parser.add_argument_group("run")
     run.add_argument("--output", default="", metavar="DIR", help="folder for the files (default: beside the weights)")
-    image = "picture to compare on (default: one of data/images)"
+    image = "picture to compare on, without --int8 (default: one of data/images)"
     run.add_argument("--image", default=str(ROOT / "data" / "images" / "jockey.jpg"), metavar="FILE", help=image)
     data = "of --int8: the data set whose training pictures it is calibrated on"
     run.add_argument("--data", default="", metavar="YAML", help=data)  # old command lines have it without: no matter
@@ -86,14 +91,26 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
-def calibration_pictures(data: str) -> tuple[str, ...]:
-    """Up to CALIBRATED_ON training pictures of a data set, the same ones each time. Raises ConfigError, DataError."""
-    from utils.config import DataConfig
-    from utils.images import list_images
+def calibration_pictures(data: DataConfig, imgsz: tuple[int, int]) -> list[np.ndarray]:
+    """Up to CALIBRATED_ON training pictures, the same ones each time, uint8 (H, W, 3) RGB of the file's input size;
+    those that cannot be read are left out with a warning. Raises DataError where there is none."""
+    from utils.augmentations import letterbox
+    from utils.console import LOGGER
+    from utils.images import list_images, read_image
 
-    pictures = list_images(DataConfig.load(data).split("train"))
-    random.Random(0).shuffle(pictures)
-    return tuple(pictures[:CALIBRATED_ON])
+    files = list_images(data.split("train"))
+    random.Random(0).shuffle(files)
+    pictures = []
+    for file in files:
+        try:
+            pictures.append(letterbox(read_image(file), imgsz, auto=False)[0])
+        except DataError as error:
+            LOGGER.warning(f"{error}; --int8 does without it")
+        if len(pictures) == CALIBRATED_ON:
+            break
+    if not pictures:
+        raise DataError(f"--int8: {data.source}: its training split has no picture to calibrate on")
+    return pictures
 
 
 def formats_of(args: argparse.Namespace) -> list[Format]:
@@ -120,13 +137,16 @@ def export_all(args: argparse.Namespace) -> list[Path]:
     formats = formats_of(args)
 
     from deploy.exporter import ExportOptions, check_options, export, prepare
+    from utils.config import DataConfig
     from utils.console import LOGGER, setup_console
     from utils.device import select_device
     from utils.images import read_image
 
     setup_console()
+    imgsz = (args.imgsz[0], args.imgsz[-1])
+    data = DataConfig.load(args.data) if args.int8 else None
     options = ExportOptions(
-        imgsz=(args.imgsz[0], args.imgsz[-1]),
+        imgsz=imgsz,
         batch=args.batch_size,
         dynamic=args.dynamic,
         half=args.half,
@@ -138,11 +158,13 @@ def export_all(args: argparse.Namespace) -> list[Path]:
         max_det=args.max_det,
         folder=Path(args.output) if args.output else None,
         device=select_device(args.device),
-        calibration=calibration_pictures(args.data) if args.int8 else (),
+        calibration=calibration_pictures(data, imgsz) if data else None,
     )
     job = prepare(args.weights, options, read_image(args.image), args.cfg or None)
     for kind in formats:
         check_options(job, kind)
+    if data and list(data.names.values()) != list(job.plain.names.values()):
+        LOGGER.warning(f"--int8: {data.source} has other classes than the model: was it trained on this set?")
     written = [export(job, kind) for kind in formats]
     runnable = [str(path) for path, kind in zip(written, formats) if kind.runs]
     if runnable:

@@ -69,11 +69,12 @@ def measure(name: str, file: str, args: argparse.Namespace, folder: Path, images
     stages = re.findall(r"([\d.]+)ms (?:pre-process|inference|NMS)", out.split("Speed:")[-1])
     per_image = sum(map(float, stages))
     then_val, then_detect = UPSTREAM.get(name, (float("nan"),) * 2)
-    ours = file.endswith(".pt")
-    dtype = torch.bfloat16 if half else torch.float32
-    limit, usual = forward_ms(Path(file), args.imgsz, dtype) if ours else (float("nan"),) * 2
+    bare: list = ["-"] * 3
+    if file.endswith(".pt"):
+        limit, usual = forward_ms(Path(file), args.imgsz, torch.bfloat16 if half else torch.float32)
+        bare = [limit, usual, usual / limit]
     row = [val_seconds, then_val, then_val / val_seconds, per_image, then_detect, then_detect / per_image]
-    return [*row, whole * 1000 / images, limit, usual, usual / limit]
+    return [*row, whole * 1000 / images, *bare]
 
 
 def main() -> None:

@@ -103,25 +103,38 @@ class Agreement:
 
     def text(self) -> str:
         where = f"on {plural(self.pictures, 'picture')} of the data set"
-        return f"finds {self.found} of the {self.objects} objects that PyTorch finds {where}, and {self.others} others"
+        return f"finds {self.found} of the {self.objects} objects that PyTorch finds {where}, and {self.others} besides"
 
 
-def agreement(expected: Tensor, found: Tensor, conf: float, iou: float) -> Agreement:
-    """Of decoded predictions (B, N, 5 + nc) of the model and of a file in eight bits. Objects of both have a confidence
-    clearly above ``conf`` (by BARELY), their partners one that is not clearly below."""
-    counts = [0, 0, 0]
-    sides = [non_max_suppression(rows.float().cpu(), conf - BARELY, iou) for rows in (expected, found)]
+def agreement(expected: Tensor, found: Tensor, conf: float, iou: float, most: int = 0) -> Agreement:
+    """Of decoded predictions (B, N, 5 + nc) of the model and of a file in eight bits.
+
+    Objects of both have a confidence clearly above ``conf`` (by BARELY), their partners one that is not clearly below.
+    ``most``: so many of a class the file gives at most, 0 for all; where it gives as many, the class is passed over.
+    """
+    objects = paired = others = 0
+    sides = [non_max_suppression(rows.float().cpu(), max(conf - BARELY, 0), iou) for rows in (expected, found)]
     for here, there in zip(*sides):
+        if most:
+            full = [cls for cls in there[:, 5].unique() if int((there[:, 5] == cls).sum()) >= most]
+            here, there = (rows[~torch.isin(rows[:, 5], torch.tensor(full))] for rows in (here, there))
         sure, theirs = here[here[:, 4] > conf + BARELY], there[there[:, 4] > conf + BARELY]
-        counts[0] += len(sure)
-        counts[1] += sum(_apart(row, there) is not None for row in sure)
-        counts[2] += sum(_apart(row, here) is None for row in theirs)
-    return Agreement(len(expected), *counts)
+        objects += len(sure)
+        paired += sum(_apart(row, there) is not None for row in sure)
+        others += sum(_apart(row, here) is None for row in theirs)
+    return Agreement(len(expected), objects, paired, others)
 
 
 def refuse_if_other(seen: Agreement) -> None:
-    """Raise ExportError where a file in eight bits misses more than a tenth of the objects, or finds as many others."""
-    if max(seen.objects - seen.found, seen.others) > 0.1 * max(seen.objects, seen.found):
+    """Raise ExportError where a file in eight bits misses more than a tenth of the objects, or finds as many others (of
+    few objects two), and where there is nothing to tell by."""
+    if not seen.objects:
+        where = plural(seen.pictures, "picture")
+        raise ExportError(
+            f"PyTorch finds nothing on {where} of the data set, by which eight bits are compared: is it the set that "
+            "the model was trained on, and long enough?"
+        )
+    if max(seen.objects - seen.found, seen.others) > max(0.1 * seen.objects, min(2, seen.objects / 2)):
         raise ExportError(f"does not find what the model does: {seen.text()}")
 
 

@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -42,10 +42,11 @@ from models.surgery import fuse
 from models.yolo import DetectionModel
 from utils.console import LOGGER
 from utils.errors import ConfigError, ExportError, ResourceError, UserError, explain_memory_error, explain_os_error
-from utils.images import read_image
 
 PICTURES_COMPARED = 32
 """Of those that a file in eight bits was calibrated on."""
+LEAST_COMPARED = 0.25
+"""Confidence of the objects by which it is compared, detect.py's threshold."""
 
 WIDE = ("openvino", "ncnn")
 """Formats whose converters make float16 themselves, from a float32 model."""
@@ -55,8 +56,8 @@ WIDE = ("openvino", "ncnn")
 class ExportOptions:
     """What the flags of export.py ask for. ``imgsz`` (height, width); ``dcn``: a form of DCN layers, empty for the one
     that suits each format; ``nms``: suppression inside, with ``conf``, ``iou`` and ``max_det``; ``folder``: where files
-    go, None for beside the weights; ``meta``: whether a .wts says what it is; ``calibration``: pictures whose ranges
-    make a file in eight bits, none for one in floats."""
+    go, None for beside the weights; ``meta``: whether a .wts says what it is; ``calibration``: pictures, uint8
+    (H, W, 3) RGB, one at least, whose ranges make a file in eight bits; None for one in floats."""
 
     imgsz: tuple[int, int] = (640, 640)
     batch: int = 1
@@ -71,7 +72,7 @@ class ExportOptions:
     folder: Path | None = None
     device: torch.device = torch.device("cpu")
     meta: bool = True
-    calibration: tuple[str, ...] = ()
+    calibration: Sequence[np.ndarray] | None = None
 
 
 @dataclass(frozen=True)
@@ -111,9 +112,9 @@ def check_options(job: Job, kind: Format) -> None:
     """Raise ConfigError for options that a format cannot take, before anything is written."""
     options = job.options
     form_of(job.plain, options.dcn, kind.name, options.device)
-    if options.calibration and kind.name != "onnx":
+    if options.calibration is not None and kind.name != "onnx":
         raise ConfigError(f"--int8: goes into ONNX files only; leave out --include {kind.name}")
-    if options.calibration and options.half:
+    if options.calibration is not None and options.half:
         raise ConfigError("--int8 and --half: choose one")
     if kind.name == "ncnn" and (options.dynamic or options.batch != 1):
         raise ConfigError("--include ncnn: runs one image of one size; leave out --dynamic and --batch-size")
@@ -127,7 +128,7 @@ def export(job: Job, kind: Format, target: Path | None = None) -> Path:
     a file that computes something else; ResourceError where the folder cannot be written to.
     """
     check_options(job, kind)
-    ending = "_int8" if job.options.calibration else ""
+    ending = "" if job.options.calibration is None else "_int8"
     target = target or kind.file_for(job.weights.with_stem(job.weights.stem + ending), job.options.folder)
     if target.exists() and target.samefile(job.weights):
         raise ConfigError(
@@ -183,10 +184,8 @@ def _check(job: Job, kind: Format, path: Path) -> str:
         compare_wts(job.plain, path)
         return "read back, every value the same"
     runtime = open_runtime(path, job.options.device)
-    if job.options.calibration:
-        seen = compare_int8(job, runtime)
-        refuse_if_other(seen)
-        return seen.text()
+    if job.options.calibration is not None:
+        return compare_int8(job, runtime).text()
     return "; ".join(each.text() for each in compare(job, runtime))
 
 
@@ -212,7 +211,7 @@ def metadata(job: Job, name: str) -> Metadata:
     """What the file of a format will say of itself."""
     options = job.options
     form = form_of(job.plain, options.dcn, name, options.device)
-    int8 = bool(options.calibration)
+    int8 = options.calibration is not None
     about = {"batch": options.batch, "dynamic": options.dynamic, "half": options.half, "int8": int8, "dcn": form}
     meta = describe(job.plain, options.imgsz, **about)
     return replace(meta, nms=options.max_det) if name == "onnx" and options.nms else meta
@@ -237,7 +236,7 @@ def _writer(job: Job, name: str) -> Callable[[ExportModel, Tensor, Path, Metadat
     if name == "onnx":
         suppress = {"conf": options.conf, "iou": options.iou, "max_det": options.max_det} if options.nms else None
         opset = check_opset(options.opset, form_of(job.plain, options.dcn, name))
-        calibration = calibration_batches(options) if options.calibration else None
+        calibration = None if options.calibration is None else calibration_batches(options, options.calibration)
         return partial(export_onnx, opset=opset, suppress=suppress, calibration=calibration)
     if name == "openvino":
         from deploy.to_openvino import export_openvino
@@ -256,13 +255,10 @@ def compare(job: Job, runtime: Runtime) -> list[Difference]:
     meta, options = runtime.meta, job.options
     cases = [(meta.imgsz, options.batch)]
     if meta.dynamic:
-        other = tuple(max(side // 2 // meta.stride, 1) * meta.stride for side in (meta.imgsz[1], meta.imgsz[0]))
-        cases.append((other, options.batch + 2))
+        cases.append((_other_size(meta), options.batch + 2))
     found = []
     for size, count in cases:
-        images = input_batch(job.image, size, count, options.device)
-        with torch.no_grad():
-            expected, given = job.model(images)[0], runtime(images)[0]
+        expected, given = _both(job, runtime, input_batch(job.image, size, count, options.device))
         if meta.nms:
             far = detection_difference(expected, given, options.conf, options.iou, meta.nms)
         else:
@@ -272,21 +268,42 @@ def compare(job: Job, runtime: Runtime) -> list[Difference]:
     return found
 
 
-def calibration_batches(options: ExportOptions, most: int | None = None) -> Iterator[np.ndarray]:
-    """The calibration pictures, or ``most`` of them, as inputs of the file, float32 (batch, 3, H, W), each picture
-    beside its mirror image."""
-    for file in options.calibration[:most]:
-        yield input_batch(read_image(file), options.imgsz, options.batch, torch.device("cpu")).numpy()
+def _other_size(meta: Metadata) -> tuple[int, int]:
+    """Half as large, and turned."""
+    height, width = (max(side // 2 // meta.stride, 1) * meta.stride for side in (meta.imgsz[1], meta.imgsz[0]))
+    return height, width
+
+
+def _both(job: Job, runtime: Runtime, images: Tensor) -> tuple[Tensor, Tensor]:
+    """What the model gives for a batch, and what the file gives."""
+    with torch.no_grad():
+        return job.model(images)[0], runtime(images)[0]
+
+
+def calibration_batches(options: ExportOptions, pictures: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
+    """Pictures as inputs of the file, float32 (batch, 3, H, W); the last one again where a batch is not full."""
+    for first in range(0, len(pictures), options.batch):
+        some = list(pictures[first : first + options.batch])
+        some += some[-1:] * (options.batch - len(some))
+        yield torch.cat([input_batch(each, options.imgsz, 1, torch.device("cpu")) for each in some]).numpy()
 
 
 def compare_int8(job: Job, runtime: Runtime) -> Agreement:
-    """A file in eight bits beside the model on some of the calibration pictures."""
-    seen, options = Agreement(), job.options
-    for batch in calibration_batches(options, PICTURES_COMPARED):
-        images = torch.from_numpy(batch).to(options.device)
-        with torch.no_grad():
-            expected, given = job.model(images)[0], runtime(images)[0]
-        seen += agreement(expected, given, options.conf, options.iou)
+    """A file in eight bits beside the model on some of the calibration pictures; one for any size is run in another as
+    well. Raises ExportError where it finds something else."""
+    seen, options, meta = Agreement(), job.options, runtime.meta
+    pictures = options.calibration[:PICTURES_COMPARED]
+    conf = max(options.conf, LEAST_COMPARED) if meta.nms else LEAST_COMPARED  # below, both find noise
+    for number, batch in enumerate(calibration_batches(options, pictures)):
+        count = min(options.batch, len(pictures) - number * options.batch)
+        expected, given = _both(job, runtime, torch.from_numpy(batch).to(options.device))
+        seen += agreement(expected[:count], given[:count], conf, options.iou, meta.nms)
+    if meta.dynamic:
+        images = input_batch(job.image, _other_size(meta), options.batch + 2, options.device)
+        expected, given = _both(job, runtime, images)
+        if not meta.nms and expected.shape != given.shape:
+            raise ExportError(f"gives {tuple(given.shape)} in another size, the model {tuple(expected.shape)}")
+    refuse_if_other(seen)
     return seen
 
 

@@ -7,6 +7,7 @@ boxes: the head from its last convolutions on, and all of a DCN layer, whose coo
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,29 +23,24 @@ def quantise(proto: Any, folder: Path, batches: Iterable[np.ndarray], floating: 
     """The onnx.ModelProto ``proto`` in eight bits.
 
     ``batches``: float32 (B, 3, H, W) inputs, whose ranges count; ``floating``: names of nodes that stay as they are,
-    beside the head; ``folder`` for files in between.
+    beside the head; ``folder`` for the file in between.
     """
     import onnx
     from onnxruntime.quantization import QuantType, quantize_static
-    from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    plain, shaped, made = (folder / f"{name}.onnx" for name in ("plain", "shaped", "int8"))
-    onnx.save(proto, plain)
-    quant_pre_process(plain, shaped, skip_optimization=True, skip_symbolic_shape=True)
-    graph = onnx.load(shaped).graph
+    made = folder / "int8.onnx"
     quantize_static(
-        shaped,
+        copy.deepcopy(proto),  # which it changes
         made,
-        _reader(graph.input[0].name, batches),
+        _reader(proto.graph.input[0].name, batches),
         op_types_to_quantize=list(QUANTISED),
-        nodes_to_exclude=sorted(head_nodes(graph) | set(floating)),
+        nodes_to_exclude=sorted(head_nodes(proto.graph) | set(floating)),
         per_channel=True,
         activation_type=QuantType.QUInt8,
         weight_type=QuantType.QInt8,
     )
     result = onnx.load(made)
-    for file in (plain, shaped, made):
-        file.unlink()
+    made.unlink()
     return result
 
 

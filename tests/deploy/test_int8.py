@@ -72,14 +72,20 @@ def test_wrong_flags_are_told_before_anything_is_written(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_picture_that_cannot_be_read_is_named(weights: Path, tmp_path: Path) -> None:
+def test_pictures_that_cannot_be_read_are_left_out(weights: Path, tmp_path: Path, caplog) -> None:
+    """Like in a training; without any there is nothing to calibrate on, and no file in floats under the usual name."""
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "torn.jpg").write_bytes(b"\xff\xd8\xff torn")
     (tmp_path / "data.yaml").write_text("train: images\nval: images\nnames: [a, b, c]\n")
     flags = ["--weights", str(weights), "--int8", "--imgsz", "64", "--output", str(tmp_path / "out")]
-    with pytest.raises(DataError, match="torn.jpg"):
+    with pytest.raises(DataError, match=r"data\.yaml: its training split has no picture to calibrate on"):
         export.main([*flags, "--data", str(tmp_path / "data.yaml")])
-    assert not list((tmp_path / "out").iterdir())
+    assert "torn.jpg" in caplog.text and "--int8 does without it" in caplog.text and not (tmp_path / "out").exists()
+    for number, picture in enumerate(sorted((CELLS.parent / "bccd" / "images" / "train").glob("*.jpg"))[:3]):
+        (tmp_path / "images" / f"{number}.jpg").write_bytes(picture.read_bytes())
+    flags = [*flags[:-4], "--imgsz", "256", "--batch-size", "2", "--output", str(tmp_path / "out")]
+    assert export.main([*flags, "--data", str(tmp_path / "data.yaml")]) == 0  # in batches of two, the last half full
+    assert "on 3 pictures of the data set" in caplog.text and "has other classes than the model" in caplog.text
 
 
 def decoded(*rows: tuple[float, ...]) -> torch.Tensor:
@@ -95,12 +101,34 @@ def test_objects_that_a_file_misses_or_makes_up_are_counted() -> None:
     seen = agreement(model, file, 0.25, 0.45)
     assert seen == Agreement(pictures=1, objects=3, found=2, others=1)  # 3 is there in both, if barely in one
     assert seen + seen == Agreement(2, 6, 4, 2)
-    assert seen.text() == "finds 2 of the 3 objects that PyTorch finds on 1 picture of the data set, and 1 others"
+    assert seen.text() == "finds 2 of the 3 objects that PyTorch finds on 1 picture of the data set, and 1 besides"
 
 
-@pytest.mark.parametrize(("found", "others", "fine"), [(90, 10, True), (89, 0, False), (100, 11, False)])
-def test_a_file_that_finds_something_else_is_refused(found: int, others: int, fine: bool) -> None:
-    seen = Agreement(8, 100, found, others)
+def test_classes_that_reach_the_files_limit_are_passed_over() -> None:
+    boxes = [(40.0 + 100 * n, 50.0, 40.0, 40.0, 0.9 - n / 100) for n in range(5)]
+    assert agreement(decoded(*boxes), decoded(*boxes[:3]), 0.25, 0.45, 3) == Agreement(1, 0, 0, 0)
+    assert agreement(decoded(*boxes), decoded(*boxes[:3]), 0.25, 0.45, 4) == Agreement(1, 5, 3, 0)
+    assert agreement(decoded(*boxes), decoded(*boxes), 0.01, 0.45) == Agreement(1, 5, 5, 0)
+
+
+def test_a_model_that_finds_nothing_cannot_be_compared() -> None:
+    with pytest.raises(ExportError, match="finds nothing on 32 pictures"):
+        refuse_if_other(Agreement(32))
+
+
+@pytest.mark.parametrize(
+    ("objects", "found", "others", "fine"),
+    [
+        (100, 90, 10, True),
+        (100, 89, 0, False),
+        (100, 100, 11, False),
+        (8, 6, 2, True),
+        (8, 5, 0, False),
+        (2, 0, 0, False),
+    ],
+)
+def test_a_file_that_finds_something_else_is_refused(objects: int, found: int, others: int, fine: bool) -> None:
+    seen = Agreement(8, objects, found, others)
     if fine:
         refuse_if_other(seen)
     else:

@@ -29,6 +29,7 @@ from deploy.checking import (
 from deploy.contract import Runtime
 from deploy.formats import Format
 from deploy.metadata import Metadata, describe
+from deploy.run_onnx import with_advice
 from deploy.runtime import open_runtime
 from deploy.to_onnx import check_opset, export_onnx
 from deploy.to_torch import export_aoti, export_torchscript
@@ -152,7 +153,7 @@ def export(job: Job, kind: Format, target: Path | None = None) -> Path:
         reason = (
             explain_memory_error(error) or f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
         )
-        raise ExportError(f"{target}: {kind.name} cannot hold this model ({reason[:300]})") from error
+        raise ExportError(f"{target}: {kind.name} cannot hold this model ({with_advice(reason[:300])})") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     LOGGER.info(f"{kind.name}: {target} ({size / 1e6:.1f} MB, {seconds:.1f} s), {compared}")

@@ -25,7 +25,7 @@ class OnnxRuntime(Runtime):
         try:
             session = onnxruntime.InferenceSession(path, options, providers=_providers(device))
         except Exception as error:  # its exceptions have no common base
-            reason = str(error).strip().splitlines()[0][:200]
+            reason = with_advice(str(error).strip().splitlines()[0][:200])
             raise ExportError(f"{path}: ONNX Runtime cannot open it ({reason})") from error
         super().__init__(parse(session.get_modelmeta().custom_metadata_map, str(path)), path)
         self._session, self._input = session, session.get_inputs()[0].name
@@ -33,6 +33,11 @@ class OnnxRuntime(Runtime):
     def run(self, images: Tensor) -> Tensor:
         (output, *_) = self._session.run(None, {self._input: images.cpu().contiguous().numpy()})
         return torch.from_numpy(output)
+
+
+def with_advice(reason: str) -> str:
+    """ONNX Runtime's reason, and what to do where it has no DeformConv, as 1.20 has none."""
+    return f"{reason}; a newer onnxruntime has it, or --dcn gridsample" if "DeformConv" in reason else reason
 
 
 def _providers(device: torch.device) -> list:

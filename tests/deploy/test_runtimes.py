@@ -251,3 +251,12 @@ def test_files_that_are_not_of_export_are_refused(tmp_path: Path, capsys: pytest
         torch.jit.save(torch.jit.trace(torch.nn.ReLU(), torch.rand(1, 3, 8, 8)), str(tmp_path / "a.torchscript"))
     assert run_cli(detect.main, ["--weights", str(tmp_path / "a.torchscript")]) == 2
     assert "holds no class names, stride and size" in capsys.readouterr().err
+
+
+def test_an_onnxruntime_without_deformconv_is_told_what_to_do(files, monkeypatch) -> None:
+    def refuse(*arguments, **settings):
+        raise RuntimeError("[ONNXRuntimeError] : 9 : NOT_IMPLEMENTED : Could not find DeformConv(19)\nand more")
+
+    monkeypatch.setattr("onnxruntime.InferenceSession", refuse)
+    with pytest.raises(ExportError, match=r"DeformConv\(19\); a newer onnxruntime has it, or --dcn gridsample\)$"):
+        open_runtime(files["onnx"])

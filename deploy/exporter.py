@@ -75,6 +75,11 @@ class ExportOptions:
     meta: bool = True
     calibration: Sequence[np.ndarray] | None = None
 
+    @property
+    def int8(self) -> bool:
+        """Whether files are to be in eight bits."""
+        return self.calibration is not None
+
 
 @dataclass(frozen=True)
 class Job:
@@ -113,9 +118,9 @@ def check_options(job: Job, kind: Format) -> None:
     """Raise ConfigError for options that a format cannot take, before anything is written."""
     options = job.options
     form_of(job.plain, options.dcn, kind.name, options.device)
-    if options.calibration is not None and kind.name != "onnx":
+    if options.int8 and kind.name != "onnx":
         raise ConfigError(f"--int8: goes into ONNX files only; leave out --include {kind.name}")
-    if options.calibration is not None and options.half:
+    if options.int8 and options.half:
         raise ConfigError("--int8 and --half: choose one")
     if kind.name == "ncnn" and (options.dynamic or options.batch != 1):
         raise ConfigError("--include ncnn: runs one image of one size; leave out --dynamic and --batch-size")
@@ -129,7 +134,7 @@ def export(job: Job, kind: Format, target: Path | None = None) -> Path:
     a file that computes something else; ResourceError where the folder cannot be written to.
     """
     check_options(job, kind)
-    ending = "" if job.options.calibration is None else "_int8"
+    ending = "_int8" if job.options.int8 else ""
     target = target or kind.file_for(job.weights.with_stem(job.weights.stem + ending), job.options.folder)
     if target.exists() and target.samefile(job.weights):
         raise ConfigError(
@@ -185,7 +190,7 @@ def _check(job: Job, kind: Format, path: Path) -> str:
         compare_wts(job.plain, path)
         return "read back, every value the same"
     runtime = open_runtime(path, job.options.device)
-    if job.options.calibration is not None:
+    if job.options.int8:
         return compare_int8(job, runtime).text()
     return "; ".join(each.text() for each in compare(job, runtime))
 
@@ -212,9 +217,8 @@ def metadata(job: Job, name: str) -> Metadata:
     """What the file of a format will say of itself."""
     options = job.options
     form = form_of(job.plain, options.dcn, name, options.device)
-    int8 = options.calibration is not None
-    about = {"batch": options.batch, "dynamic": options.dynamic, "half": options.half, "int8": int8, "dcn": form}
-    meta = describe(job.plain, options.imgsz, **about)
+    about = {name: getattr(options, name) for name in ("batch", "dynamic", "half", "int8")}
+    meta = describe(job.plain, options.imgsz, dcn=form, **about)
     return replace(meta, nms=options.max_det) if name == "onnx" and options.nms else meta
 
 
@@ -237,7 +241,7 @@ def _writer(job: Job, name: str) -> Callable[[ExportModel, Tensor, Path, Metadat
     if name == "onnx":
         suppress = {"conf": options.conf, "iou": options.iou, "max_det": options.max_det} if options.nms else None
         opset = check_opset(options.opset, form_of(job.plain, options.dcn, name))
-        calibration = None if options.calibration is None else calibration_batches(options, options.calibration)
+        calibration = calibration_batches(options, options.calibration) if options.int8 else None
         return partial(export_onnx, opset=opset, suppress=suppress, calibration=calibration)
     if name == "openvino":
         from deploy.to_openvino import export_openvino

@@ -61,14 +61,15 @@ def export_onnx(
             verbose=False,
         )
     proto = program.model_proto
-    deformable = [name for name, module in model.named_modules() if isinstance(module, ExportDCN)]
-    sampling = nodes_within(proto.graph, deformable)
+    if calibration is not None:  # while the nodes say what they were made of
+        deformable = [name for name, module in model.named_modules() if isinstance(module, ExportDCN)]
+        floating = nodes_within(proto.graph, deformable)
     _strip(proto.graph)
     if meta.dynamic:
         _name_axes(proto.graph)
     if calibration is not None:
         with quiet(""):  # the root logger
-            proto = quantise(proto, path.parent, calibration, sampling)
+            proto = quantise(proto, path.parent, calibration, floating)
     if suppress is not None:
         proto = _with_suppression(proto, len(meta.names), **suppress)
     onnx.helper.set_model_props(proto, meta.entries())

@@ -17,7 +17,7 @@ SCRIPTS = ("train", "val", "detect", "export", "gen_wts", "compare")
 # From the bottom up; a module imports only from levels below its own.
 LEVELS = (
     """
-utils.signals utils.safe_names utils.process_name utils.cores models.ops.precision models.ops.layout \
+utils.signals utils.safe_names utils.process_name utils.cores utils.repeats models.ops.precision models.ops.layout \
     models.ops.geometry models.ops.nvrtc models.ops.dcn_kernels
 models.ops.dcn_launch models.ops.dcn_cuda utils.pickle_records
 models.ops.dcn_op utils.torch_tensors utils.pickle_reader

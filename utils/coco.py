@@ -61,13 +61,9 @@ def ground_truth(
     return {"images": images, "annotations": annotations, "categories": listed}
 
 
+@collection_paused()  # none of the entries is garbage
 def load_annotations(path: str | Path) -> dict[str, Any]:
     """Read a COCO annotation file: what an evaluation of boxes looks at. Raises DataError when it is not one."""
-    with collection_paused():  # none of the entries is garbage
-        return _load_annotations(path)
-
-
-def _load_annotations(path: str | Path) -> dict[str, Any]:
     try:
         if Path(path).stat().st_size > MAX_JSON_BYTES:
             raise ValueError(f"larger than {MAX_JSON_BYTES // 1_000_000:,} MB")

@@ -19,6 +19,7 @@ import numpy as np
 
 from utils.errors import MissingPackage
 from utils.gc_pause import collection_paused
+from utils.repeats import earlier
 
 MAX_DETECTIONS = 100  # of an image and class, the most that COCO's evaluation takes
 
@@ -65,12 +66,9 @@ class Detections:
     def most_confident(self, per_class: int = MAX_DETECTIONS) -> Detections:
         """Those that COCO's evaluation looks at: of each image the ``per_class`` best of each class. In their order,
         which decides among equals."""
-        order = np.lexsort((-self.scores, self.categories, self.image))  # stable
-        first = np.ones(len(self), bool)
-        first[1:] = (np.diff(self.image[order]) != 0) | (np.diff(self.categories[order]) != 0)
-        places = np.arange(len(self))
-        rank = places - np.maximum.accumulate(np.where(first, places, 0))
-        return self[np.sort(order[rank < per_class])]
+        best = np.argsort(-self.scores, kind="stable")
+        group = self.image * (self.categories.max(initial=0) + 1) + self.categories
+        return self[np.sort(best[earlier(group[best]) < per_class])]
 
     def entries(self) -> list[dict[str, Any]]:
         """The content of a COCO result file."""
@@ -85,11 +83,6 @@ class Detections:
 def prepare_evaluation() -> None:
     """Have what evaluates imported."""
     import faster_coco_eval  # noqa: F401
-
-
-def evaluate_coco(truth: Mapping[str, Any], detections: Detections) -> dict[str, float]:
-    """COCO's twelve numbers, see :class:`Evaluation`."""
-    return Evaluation(truth, detections).stats()
 
 
 class Evaluation:

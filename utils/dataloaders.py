@@ -21,6 +21,7 @@ from utils.dataset import DetectionDataset, Draw, Sample
 from utils.device_augment import finish_batch, pack
 from utils.dist import World
 from utils.errors import ResourceError, UserError, explain_lost_worker
+from utils.repeats import earlier
 from utils.signals import interrupts_deferred, outlive_first_sigterm
 
 
@@ -157,17 +158,6 @@ class EpochSampler:
 
     def __len__(self) -> int:
         return len(self._share(np.arange(self.length)))
-
-
-def earlier(values: np.ndarray) -> np.ndarray:
-    """(n,) how often each of ``values`` (n,) came before it."""
-    order = np.argsort(values, kind="stable")
-    ranked, place = values[order], np.arange(len(values))
-    first = np.ones(len(values), bool)
-    first[1:] = ranked[1:] != ranked[:-1]
-    count = np.empty_like(place)
-    count[order] = place - np.maximum.accumulate(np.where(first, place, 0))
-    return count
 
 
 class EpochBatches(Sampler[list[Draw]]):

@@ -132,7 +132,7 @@ class Metrics:
     confusion: np.ndarray | None = None
     """(nc+1, nc+1) counts (utils.confusion)."""
     coco: Mapping[str, float] = field(default_factory=dict)
-    """COCO's own numbers (utils.coco_ap.evaluate_coco), when they were asked for."""
+    """COCO's own numbers (utils.coco_ap.Evaluation), when they were asked for."""
 
     @property
     def p(self) -> float:

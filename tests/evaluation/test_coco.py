@@ -11,7 +11,7 @@ import pytest
 
 from tests.evaluation import bccd
 from utils.coco import COCO_CATEGORY_IDS, category_ids, ground_truth, image_ids, load_annotations
-from utils.coco_ap import Detections, Evaluation, evaluate_coco, prepare_evaluation
+from utils.coco_ap import Detections, Evaluation, prepare_evaluation
 from utils.errors import DataError
 from utils.helpers import Helpers
 
@@ -29,6 +29,10 @@ def by_pycocotools(truth, detections):
         evaluation.accumulate()
         evaluation.summarize()
     return evaluation.stats
+
+
+def evaluate_coco(truth, found):
+    return Evaluation(truth, found).stats()
 
 
 def bccd_as_coco(ids):

@@ -115,8 +115,7 @@ def measure(args: argparse.Namespace) -> Metrics:
     """Carry out one task. Only from here on is anything heavy imported: --help and a wrong flag answer at once."""
     data = DataConfig.load(args.data, args.single_cls)
     data.split(split_of(args))
-    with helpers_of(args) as helpers:  # before torch: their import of matplotlib then takes no time of its own
-        return carry_out(args, data, helpers)
+    return carry_out(args, data)
 
 
 def helpers_of(args: argparse.Namespace) -> AbstractContextManager[Helpers | None]:
@@ -133,7 +132,7 @@ def helpers_of(args: argparse.Namespace) -> AbstractContextManager[Helpers | Non
     return Helpers(prepare=[prepare_drawing] * draws + [prepare_evaluation] * counts)
 
 
-def carry_out(args: argparse.Namespace, data: DataConfig, helpers: Helpers | None) -> Metrics:
+def carry_out(args: argparse.Namespace, data: DataConfig) -> Metrics:
     """:func:`measure`, data and flags being right."""
     import torch
 
@@ -165,7 +164,8 @@ def carry_out(args: argparse.Namespace, data: DataConfig, helpers: Helpers | Non
         folder = new_run_dir(args.project, args.name, args.exist_ok)
         if args.task == "study":
             return study(args, data, models, device, folder)
-        return validate(args, data, models[0], device, folder, helpers, truth)
+        with helpers_of(args) as helpers:  # now, as processes that start make one that fills memory wait
+            return validate(args, data, models[0], device, folder, helpers, truth)
 
 
 def weight_groups(args: argparse.Namespace) -> list[list[str]]:
@@ -223,18 +223,20 @@ def validate(
     labels = LabelWriter(folder / "labels", args.save_conf) if args.save_txt else None
     collector = CocoCollector(data.names, category_ids(data.split(split_of(args)), data.nc))
     speed_only = args.task == "speed"
-    draws = not (speed_only or args.noplots)
-    observers = [labels, None if speed_only else collector, BatchPictures(folder, data.names) if draws else None]
+    pictures = None if speed_only or args.noplots else BatchPictures(folder, data.names)
+    observers = [labels, None if speed_only else collector, pictures]
     on_last = None if speed_only else partial(collector.begin, truth and truth.content, helpers)
     metrics = one_pass(args, data, model, device, [observer for observer in observers if observer], on_last)
     LOGGER.info(metrics.table(data.names, args.verbose or data.nc < 50))
-    if draws:
+    if pictures:
         save_curves(metrics, data.names, folder, helpers.draw if helpers else draw_now)
     if not speed_only and (args.save_json or collector.is_coco):
         collector.save(folder / f"{Path(args.weights[0]).stem}_predictions.json")
     metrics = dataclasses.replace(metrics, coco=collector.stats())
     if metrics.coco:
         LOGGER.info(coco_line(metrics.coco, truth))
+    if pictures:
+        pictures.close()
     if helpers:
         helpers.close()
     LOGGER.info(metrics.speed_line())
@@ -308,7 +310,9 @@ def one_pass(
         names=data.names,
         prefix=split_of(args),
     )
-    loader = create_dataloader(dataset, args.batch_size, workers=args.workers, persistent=False)
+    # processes that live on are not waited for at the end of the pass, and with one epoch load no more than it
+    loader = create_dataloader(dataset, args.batch_size, workers=args.workers)
+    loader.batch_sampler.epochs = 1
     shapes = [imgsz] * len(loader) if dataset.batch_shapes is None else map(tuple, dataset.batch_shapes.tolist())
     most_alike = max(Counter(shapes).values(), default=0)
     forward = forward_of(model, device, args, most_alike)
@@ -323,6 +327,7 @@ def one_pass(
         single_cls=args.single_cls,
         amp_dtype=args.amp_dtype,
         hybrid=args.save_hybrid,
+        overlap=args.cuda_graphs != "off",
         observers=observers,
         on_last=on_last,
     )
@@ -350,12 +355,12 @@ def forward_of(
     model: nn.Module, device: torch.device, args: argparse.Namespace, batches: int
 ) -> Callable[[torch.Tensor], Any]:
     """What runs a batch: the model, with --augment several sizes of it, or its CUDA graphs (see uses_graphs)."""
-    from models.forward_graphs import ForwardGraphs
     from models.tta import augmented_forward
+    from utils.cuda_graphs import CudaGraphs
 
     if args.augment:
         return lambda images: (augmented_forward(model, images), None)
-    return ForwardGraphs(model) if uses_graphs(args, device, batches) else model
+    return CudaGraphs(model) if uses_graphs(args, device, batches) else model
 
 
 def only_size(args: argparse.Namespace, model: nn.Module) -> int | None:

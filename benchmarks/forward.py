@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from models.forward_graphs import RECORD_AT, ForwardGraphs
+from utils.cuda_graphs import RECORD_AT, CudaGraphs
 
 ROUNDS = 5
 
@@ -21,7 +21,7 @@ def forward_ms(model: nn.Module, count: int, size: tuple[int, int], device: torc
     cuda, dtype = device.type == "cuda", next(model.parameters()).dtype
     images = torch.rand(count, 3, *size, device=device, dtype=dtype).contiguous(memory_format=torch.channels_last)
     model = model.to(memory_format=torch.channels_last)
-    forward: Callable = ForwardGraphs(model) if cuda else model
+    forward: Callable = CudaGraphs(model) if cuda else model
     synchronize, passes = (torch.cuda.synchronize, 50) if cuda else ((lambda: None), 1)
     for _ in range(RECORD_AT + 2 if cuda else 1):
         forward(images)

@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import re
 import statistics
 import subprocess
@@ -69,7 +70,9 @@ def flags_of(what: str, weights: str, yaml: Path, graphs: str, device: str, fold
 
 def run(command: Sequence[str]) -> str:
     """What a process printed; SystemExit with its last words when it failed."""
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False)
+    # what the scripts set before torch is loaded (utils.errors), as --inside has it loaded by then
+    env = {"GOMP_SPINCOUNT": "10000", **os.environ}
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(done.stderr[-2000:].rstrip())
     return done.stdout

@@ -19,6 +19,10 @@ from torch import Tensor
 
 from benchmarks.report import cpu_name, heading, table
 from utils import nms
+from utils.batched_nms import step_of
+from utils.cuda_graphs import CudaGraphs
+
+MAX_DET = 300
 
 
 def made_up_predictions(images: int, objects: int, around: int, nc: int, device: str) -> Tensor:
@@ -54,16 +58,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--images", type=int, default=8)
+    parser.add_argument("--objects", type=int, default=100, help="in each image, 80 boxes around each")
     parser.add_argument("--repeats", type=int, default=7)
     args = parser.parse_args()
     torch.set_num_threads(1)
     print(heading(cpu_name() if args.device == "cpu" else torch.cuda.get_device_name()))
-    pred = made_up_predictions(args.images, objects=100, around=80, nc=3, device=args.device)
+    pred = made_up_predictions(args.images, objects=args.objects, around=80, nc=3, device=args.device)
 
-    def suppress(block: int, at_once: bool, conf: float, iou: float, multi: bool) -> Callable[[], list[Tensor]]:
+    def suppress(
+        block: int, at_once: bool, conf: float, iou: float, multi: bool, graph: bool = False
+    ) -> Callable[[], list[Tensor]]:
+        step = CudaGraphs(step_of(iou, MAX_DET)) if graph else None
+
         def call() -> list[Tensor]:
             nms.BLOCK, nms._goes_at_once = block, lambda device: at_once
-            return nms.non_max_suppression(pred, conf, iou, multi_label=multi)
+            return nms.non_max_suppression(pred, conf, iou, multi_label=multi, max_det=MAX_DET, step=step)
 
         return call
 
@@ -71,11 +80,14 @@ def main() -> None:
     for name, settings in {"val (0.001, 0.6)": (0.001, 0.6, True), "detect (0.25, 0.45)": (0.25, 0.45, False)}.items():
         calls = [suppress(block, True, *settings), suppress(block, False, *settings)]
         calls.append(suppress(nms.MAX_CANDIDATES, False, *settings))
+        if args.device.startswith("cuda"):
+            calls.append(suppress(block, True, *settings, graph=True))
         results = [call() for call in calls]
         same = all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other))
         rows.append([name, *(shortest(call, args.device, args.repeats) / args.images for call in calls)])
         rows[-1].append("yes" if same else "NO")
-    header = ["thresholds", "at once, ms/image", "image by image, ms/image", "one call, ms/image", "same boxes"]
+    header = ["thresholds", "at once, ms/image", "image by image, ms/image", "one call, ms/image"]
+    header += ["in a graph, ms/image"] * args.device.startswith("cuda") + ["same boxes"]
     print(table(header, rows))
 
 

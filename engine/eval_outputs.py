@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,26 +56,26 @@ class LabelWriter:
 
 
 class CocoCollector:
-    """Keeps all detections and labels for COCO's evaluation. Call :meth:`begin`, :meth:`stats` and :meth:`save`
+    """Keeps what was found and the labels for COCO's evaluation. Call :meth:`begin`, :meth:`stats` and :meth:`save`
     afterwards."""
 
     def __init__(self, names: Mapping[int, str], categories: Sequence[int]) -> None:
         self.names, self.categories = names, categories
         self.is_coco = categories == coco.COCO_CATEGORY_IDS
         self._results: list[ImageResult] = []
+        self._looked_at: list[coco_ap.Detections] = []  # of each batch: there is time, and none at the end
         self._evaluation: coco_ap.Evaluation | None = None
         self._missing: MissingPackage | None = None
 
     def __call__(self, batch: Batch, detections: Sequence[Tensor], results: Sequence[ImageResult]) -> None:
+        found = coco_ap.Detections.of([r.detections for r in results], self.categories, first=len(self._results))
+        self._looked_at.append(found.most_confident())
         self._results += results
 
-    def detections(self) -> coco_ap.Detections:
-        """All that was found."""
-        return coco_ap.Detections.of(self._ids(), [result.detections for result in self._results], self.categories)
-
     def save(self, file: Path) -> None:
-        """Write the result file, one detection a line: all that was found, also what :meth:`begin` leaves out."""
-        entries = self.detections().entries()
+        """Write the result file, one detection a line: all that was found, also what COCO's evaluation leaves out."""
+        found = coco_ap.Detections.of([result.detections for result in self._results], self.categories)
+        entries = found.entries(self._ids())
         atomic_write(file, "[" + ",\n".join(json.dumps(entry) for entry in entries) + "]\n")
 
     def begin(self, truth: Mapping[str, Any] | None = None, helpers: Helpers | None = None) -> None:
@@ -86,7 +87,8 @@ class CocoCollector:
             return
         with collection_paused():  # none of the entries is garbage
             try:
-                self._evaluation = coco_ap.Evaluation(truth or self._labels(), self.detections(), *shared)
+                found = coco_ap.Detections.joined(self._looked_at)
+                self._evaluation = coco_ap.Evaluation(truth or self._labels(), self._ids(), found, *shared)
             except MissingPackage as error:
                 self._missing = error
 
@@ -106,18 +108,27 @@ class CocoCollector:
 
 
 class BatchPictures:
-    """Draws the first batches: folder/val_batch0_labels.jpg and val_batch0_pred.jpg, then 1 and 2."""
+    """Has the first batches drawn, in the background: folder/val_batch0_labels.jpg and val_batch0_pred.jpg, then 1
+    and 2. Call :meth:`close` afterwards."""
 
     def __init__(self, folder: Path, names: Mapping[int, str], batches: int = 3) -> None:
         self.folder, self.names, self.batches, self._seen = folder, names, batches, 0
+        self._background = Background()
 
     def __call__(self, batch: Batch, detections: Sequence[Tensor], results: Sequence[ImageResult]) -> None:
         if self._seen < self.batches:
-            tiles = batch_tiles(batch.images)
-            for boxes, kind in ((batch.targets, "labels"), (detections, "pred")):
-                file = self.folder / f"val_batch{self._seen}_{kind}.jpg"
-                plot_batch(batch.images, boxes, batch.paths, self.names, file, tiles)
+            self._background(partial(self._draw, self._seen, batch, detections))  # nobody changes them: no copies
         self._seen += 1
+
+    def _draw(self, number: int, batch: Batch, detections: Sequence[Tensor]) -> None:
+        tiles = batch_tiles(batch.images)
+        for boxes, kind in ((batch.targets, "labels"), (detections, "pred")):
+            file = self.folder / f"val_batch{number}_{kind}.jpg"
+            plot_batch(batch.images, boxes, batch.paths, self.names, file, tiles)
+
+    def close(self) -> None:
+        """Wait until they are drawn. Raises ResourceError when a picture cannot be written."""
+        self._background.wait()
 
 
 class FirstBatches:

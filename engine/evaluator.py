@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,19 +17,27 @@ import torch
 from torch import Tensor, nn
 
 from utils.background import Background, now
+from utils.batched_nms import step_of
 from utils.boxes import cxcywh_to_xyxy, scale_to_original
 from utils.config import check_thresholds
 from utils.confusion import ConfusionMatrix
 from utils.console import LOGGER, progress
+from utils.cuda_graphs import CudaGraphs
 from utils.device import to_network_input
 from utils.dist import World, gather_to_main
 from utils.matching import image_of, joined, match_predictions
 from utils.metrics import TABLE_HEADER, Metrics, ap_per_class, iou_thresholds
 from utils.nms import non_max_suppression
+from utils.side_stream import SideStream, one_late
 from utils.stages import STAGES, StageTimes
 
 if TYPE_CHECKING:
     from utils.dataloaders import Batch
+
+PRE_PROCESS, INFERENCE, NMS = STAGES
+
+NMS_RECORD_AT = 20
+"""A batch takes some eight blocks of NMS: what comes once, as an epoch's smaller last batch, is not recorded."""
 
 CPU_CHUNK = 4
 """Images per forward pass on the CPU, where larger batches overflow the caches: on two cores yolov5s takes 91 ms an
@@ -66,6 +75,7 @@ def evaluate(
     amp_dtype: torch.dtype | None = None,
     criterion: Callable[[Any, Tensor], Any] | None = None,
     hybrid: bool = False,
+    overlap: bool = False,
     observers: Sequence[Observer] = (),
     on_last: Callable[[], None] | None = None,
     show_progress: bool = True,
@@ -76,7 +86,8 @@ def evaluate(
     ``model``: images (B, 3, H, W) float in 0..1 -> (decoded (B, N, 5+nc), raw); a module is put into eval mode and
     back. ``names``: {class: name}, as many as the data set has classes. ``amp_dtype``: autocast dtype, None for
     float32. ``criterion``: (raw, targets (T, 6)) -> LossParts, for the validation losses. ``single_cls`` ignores
-    classes; ``hybrid`` lets the labels take part in NMS (which inflates every score).
+    classes; ``hybrid`` lets the labels take part in NMS (which inflates every score). ``overlap``: on CUDA, NMS is
+    replayed as a graph beside the next batch's forward pass; takes more memory, some 0.6 GB and a batch.
 
     ``world``: all of its processes call this together, each with the same model and a loader of its share of the
     batches (the k-th of rank r is number k * size + r of all). Rank 0 gets the metrics of all, the same as one process
@@ -89,36 +100,73 @@ def evaluate(
     check_thresholds(conf_thres, iou_thres, max_det)
     times, losses, tally = StageTimes(device), _Losses(), _Tally(len(names))
     shape: tuple[int, ...] = ()
-    background = Background(most=4)
+    background = Background(most=8)
     later = background if _has_time(device) else now
-    pre_process, inference, nms = STAGES
+    side = SideStream(device) if overlap and device.type == "cuda" else None
+    step = CudaGraphs(step_of(iou_thres, max_det), record_at=NMS_RECORD_AT) if side else None
     with _eval_mode(model), torch.inference_mode():
-        for batch in progress(loader, desc=TABLE_HEADER, enabled=show_progress and world.main):
+        batches = progress(loader, desc=TABLE_HEADER, enabled=show_progress and world.main)
+        outputs = _outputs(model, batches, device, amp_dtype, criterion, times, losses, side)
+        for output in one_late(outputs) if side else outputs:
+            batch = output.batch
             shape = shape or tuple(batch.images.shape)
-            with times.stage(pre_process):
-                images = to_network_input(batch.images, device)
-                targets = batch.targets.to(device, non_blocking=True)
-            with times.stage(inference), torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
-                decoded, raw = _forward(model, images)
-            if criterion is not None:
-                losses.add(criterion(raw, targets))
-            with times.stage(nms):
+            with output.ready(side), times.stage(NMS):
                 detections = non_max_suppression(
-                    decoded,
+                    output.decoded,
                     conf_thres,
                     iou_thres,
                     agnostic=single_cls,
                     multi_label=True,
                     max_det=max_det,
-                    labels=_labels_in_pixels(targets, images.shape) if hybrid else (),
+                    labels=_labels_in_pixels(output.targets, batch.images.shape) if hybrid else (),
+                    step=step,
                 )
-            detections = _to_cpu(detections)
-            later(_take_note, batch, detections, single_cls, tally, times, observers)
+                detections = _to_cpu(detections)
+            # nobody else has them, so that they need no copies
+            later(partial(_take_note, batch, detections, single_cls, tally, times, observers))
         background.wait()
     if on_last:
         on_last()
     shares = gather_to_main(_Share(tally, losses.values(), times.per_image(tally.images), shape), world)
     return _metrics(shares) if world.main else None
+
+
+@dataclass(frozen=True, eq=False)
+class _Output:
+    """A batch after the forward pass: ``targets`` (T, 6) and ``decoded`` (B, N, 5+nc) on the device."""
+
+    batch: Batch
+    targets: Tensor
+    decoded: Tensor
+    mark: Any = None
+
+    def ready(self, side: SideStream | None) -> AbstractContextManager[None]:
+        """A block in which it is there."""
+        return side.after(self.mark, self.targets, self.decoded) if side else nullcontext()
+
+
+def _outputs(
+    model: Callable[[Tensor], tuple[Tensor, Any]],
+    batches: Iterable[Batch],
+    device: torch.device,
+    amp_dtype: torch.dtype | None,
+    criterion: Callable[[Any, Tensor], Any] | None,
+    times: StageTimes,
+    losses: _Losses,
+    side: SideStream | None,
+) -> Iterator[_Output]:
+    """Every batch through the model and the losses."""
+    for batch in batches:
+        with times.stage(PRE_PROCESS):
+            images = to_network_input(batch.images, device)
+            targets = batch.targets.to(device, non_blocking=True)
+        with times.stage(INFERENCE), torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
+            decoded, raw = _forward(model, images)
+        if criterion is not None:
+            losses.add(criterion(raw, targets))
+        if side:  # the model may write its next output to the same place
+            decoded = decoded.clone()
+        yield _Output(batch, targets, decoded, side and side.mark())
 
 
 def _has_time(device: torch.device) -> bool:

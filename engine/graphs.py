@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
 import torch
@@ -90,9 +91,7 @@ class StepGraphs:
         if not self._enabled:  # a recording that failed leaves its pool unusable
             return _detached(self._step(images, targets))
         self._stream.wait_stream(torch.cuda.current_stream())
-        # one thread: the pool is the current thread's, and autograd's own would take memory from elsewhere
-        one_thread = torch.autograd.set_multithreading_enabled(False)
-        with collection_paused(), torch.cuda.stream(self._stream), torch.cuda.use_mem_pool(self._pool), one_thread:
+        with collection_paused(), torch.cuda.stream(self._stream), torch.cuda.use_mem_pool(self._pool), _one_thread():
             parts = _detached(self._step(images, targets))
         torch.cuda.current_stream().wait_stream(self._stream)
         return parts
@@ -104,7 +103,7 @@ class StepGraphs:
         images, targets = images.clone(), targets.clone()
         graph = torch.cuda.CUDAGraph()
         try:
-            with collection_paused(), recording(graph, self._pool.id, self._stream):
+            with collection_paused(), _one_thread(), recording(graph, self._pool.id, self._stream):
                 parts = _detached(self._step(images, targets))
         except torch.OutOfMemoryError:
             raise
@@ -117,6 +116,12 @@ class StepGraphs:
             self._enabled = False
             return None
         return _Recorded(graph, images, targets, parts)
+
+
+def _one_thread() -> AbstractContextManager[None]:
+    """Backward in this thread: the pool is the current thread's, and autograd's own would take memory from elsewhere;
+    cuDNN's plans are a thread's as well, and making those of one step takes a third of a second."""
+    return torch.autograd.set_multithreading_enabled(False)
 
 
 def _let_go(recorded: dict, pools: list) -> None:

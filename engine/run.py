@@ -11,11 +11,11 @@ from engine.diagnosis import TrainingDiverged
 from engine.epoch import Learner, PartialEpoch
 from engine.resume import torchrun_job
 from engine.state import MOST_ROLLBACKS, Progress, describe_run, keep_newest, roll_back, save_best, save_last
-from models.forward_graphs import ForwardGraphs
 from models.yolo import DetectionModel
 from utils.background import Background
 from utils.config import DataConfig, Hyp, TrainConfig
 from utils.console import LOGGER
+from utils.cuda_graphs import CudaGraphs
 from utils.dataloaders import DetectionLoader
 from utils.dist import World
 from utils.ema import unwrap
@@ -44,7 +44,7 @@ class Run:
     saved_partly: bool = False  # last.pt holds steps of an unfinished epoch
     unsaved_best: dict | None = None  # with --nosave: the best averaged weights so far
     background: Background = field(default_factory=Background)  # writes checkpoints
-    averaged: ForwardGraphs | None = None  # the averaged model as CUDA graphs, where steps are graphs too
+    averaged: CudaGraphs | None = None  # the averaged model as CUDA graphs, where steps are graphs too
 
     @property
     def model(self) -> DetectionModel:

@@ -41,12 +41,12 @@ from engine.run import (
     save_steps,
 )
 from engine.state import Progress, describe_run, restore, save_last
-from models.forward_graphs import ForwardGraphs
 from models.loading import load_model
 from models.summary import summarize
 from models.surgery import fuse, set_dcn_backend
 from utils.config import DataConfig, Hyp, TrainConfig
 from utils.console import LOGGER, plural, setup_console
+from utils.cuda_graphs import CudaGraphs
 from utils.dcn_watch import DcnWatch
 from utils.device import describe_device, few_threads, seed_everything, select_device
 from utils.dist import World, broadcast, close_distributed, gather, init_distributed, meet, share_weights
@@ -234,7 +234,7 @@ def validate(run: Run) -> Metrics | None:
     share_weights(run.learner.ema.model, run.world)
     model = run.learner.ema.model
     if run.learner.graphs and run.averaged is None:  # its weights change in place, which graphs follow
-        run.averaged = ForwardGraphs(model)
+        run.averaged = CudaGraphs(model)
     metrics = _evaluate(run, run.averaged or model, criterion=run.learner.criterion)
     if metrics is not None:
         LOGGER.info(metrics.table(run.data.names, verbose=False))
@@ -328,12 +328,14 @@ def _final_validation(run: Run, helpers: Helpers | None) -> None:
     if not broadcast(run.best.is_file(), run.world):
         return
     LOGGER.info(f"\nValidating {run.best}...\n{TABLE_HEADER}")
-    observers = [BatchPictures(run.dir, run.data.names)] if helpers else []
-    metrics = _evaluate(run, _best_model(run), observers=observers, show_progress=False)
+    pictures = BatchPictures(run.dir, run.data.names) if helpers else None
+    metrics = _evaluate(run, _best_model(run), observers=[pictures] if pictures else [], show_progress=False)
     if metrics is not None:
         LOGGER.info(metrics.table(run.data.names))
         if helpers:
             save_curves(metrics, run.data.names, run.dir, helpers.draw)
+    if pictures:
+        pictures.close()
 
 
 def _finish(run: Run, logger: RunLogger) -> None:

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from models.forward_graphs import ForwardGraphs
 from models.head import side_multiple
 from models.loading import load_model
 from models.results import Results
@@ -19,6 +18,7 @@ from models.tta import augmented_forward
 from utils.augmentations import Letterbox, letterbox, letterbox_fit
 from utils.boxes import scale_to_original
 from utils.config import check_thresholds
+from utils.cuda_graphs import CudaGraphs
 from utils.device import half_dtype, select_device, to_network_input
 from utils.errors import ConfigError, SourceError, did_you_mean
 from utils.images import read_image
@@ -42,12 +42,12 @@ class Detector:
         self, model: nn.Module, device: torch.device, half: bool = False, cuda_graphs: bool = False, **settings: Any
     ) -> None:
         """``half`` runs in float16 on CUDA, in bfloat16 on a CPU that has it (:func:`utils.device.half_dtype`).
-        ``cuda_graphs``: on CUDA, input shapes that come again are replayed as graphs (:mod:`models.forward_graphs`),
+        ``cuda_graphs``: on CUDA, input shapes that come again are replayed as graphs (:mod:`utils.cuda_graphs`),
         where the model's hooks do not run. Raises ConfigError for an unknown setting or one out of range."""
         exported = next(model.parameters(), None) is None
         self.device, self.dtype = device, half_dtype(half, device, exported) or torch.float32
         self.model = in_dtype(model, self.dtype).to(device).eval()
-        self._graphs = ForwardGraphs(self.model) if cuda_graphs and device.type == "cuda" else None
+        self._graphs = CudaGraphs(self.model) if cuda_graphs and device.type == "cuda" else None
         self.names: dict[int, str] = dict(model.names)
         self.stride = side_multiple(model.stride)
         self.imgsz: tuple[int, int] | None = getattr(model, "imgsz", None)  # of exported files that take one size

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from models.deform import factor_between
 from models.ensemble import Ensemble
 from models.parser import described_values
-from models.spec import ModelSpec, read_spec
+from models.spec import read_spec
 from models.surgery import fuse as fuse_norms
 from models.upstream import Upstream, differences, read_weights
 from models.yolo import DetectionModel
@@ -160,15 +161,17 @@ def build_described(
     """
     description, own_nc = _description(checkpoint), checkpoint.meta.get("nc")
     try:
-        _check_size(checkpoint, read_spec(description, nc=own_nc))
-        return DetectionModel(description, nc=own_nc if nc is None else nc, anchors=anchors)
+        check = partial(_check_size, checkpoint)
+        if nc in (None, own_nc):
+            return DetectionModel(description, nc=own_nc, anchors=anchors, check=check)
+        check(described_values(read_spec(description, nc=own_nc)))
+        return DetectionModel(description, nc=nc, anchors=anchors)
     except ConfigError as error:
         raise CheckpointError(f"{checkpoint.path}: {error}") from None
 
 
-def _check_size(checkpoint: Checkpoint, spec: ModelSpec) -> None:
+def _check_size(checkpoint: Checkpoint, described: int) -> None:
     """The description is text of the file: a few words of it could ask for all memory. Counted without allocating."""
-    described = described_values(spec)
     held = sum(value.numel() for value in checkpoint.model.values())
     if described > 2 * held + 1_000_000:
         raise CheckpointError(

@@ -169,8 +169,11 @@ MAX_NUMBER = 4096
 MAX_PARAMETERS = 1_000_000_000  # 4 GB; YOLOv5's largest model has 141 million
 
 
-def parse_model(spec: ModelSpec) -> tuple[nn.Sequential, list[Layer]]:
-    """Build the layers of a description, in order.
+def parse_model(
+    spec: ModelSpec, check: Callable[[int], None] = lambda values: None
+) -> tuple[nn.Sequential, list[Layer]]:
+    """Build the layers of a description, in order; ``check`` is called with the number of values that its state dict
+    will hold, before there is memory for any.
 
     Each module carries ``i`` (index), ``f`` (from, as written), ``type`` (dotted class name) and ``np`` (parameters).
     Raises ConfigError with file and line for a row that cannot be built, when the last row is not Detect, and for more
@@ -178,7 +181,7 @@ def parse_model(spec: ModelSpec) -> tuple[nn.Sequential, list[Layer]]:
     """
     if sum(_repeats(spec, row) for row in spec.rows) > MAX_BLOCKS:
         raise ConfigError(f"{spec.rows[0].where}: more than {MAX_BLOCKS:,} blocks in all, repeats included")
-    described_values(spec)
+    check(described_values(spec))
     return _build_rows(spec)
 
 

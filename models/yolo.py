@@ -8,7 +8,7 @@ python -m models.yolo --cfg runs/train/exp/weights/best.pt
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -44,12 +44,14 @@ class DetectionModel(nn.Module):
         ch: int | None = None,
         nc: int | None = None,
         anchors: float | list | None = None,
+        check: Callable[[int], None] = lambda values: None,
     ) -> None:
+        """``check``: as :func:`models.parser.parse_model` calls it."""
         super().__init__()
         read = read_spec(spec, ch, nc, anchors)
         self.yaml_file, self.nc = read.name, read.nc
         self.yaml = {key: value for key, value in read.yaml.items() if key != "dcn"}  # it will name what was made
-        self.model, self.layers = parse_model(read)
+        self.model, self.layers = parse_model(read, check)
         self.names = {number: str(number) for number in range(read.nc)}
         self.save = sorted(i for layer in self.layers for i in layer.kept)
         strides = self._measure_strides(read.ch)

@@ -24,10 +24,10 @@ models.ops.dcn_op utils.torch_tensors utils.pickle_reader
 utils.errors utils.console utils.boxes utils.augmentations utils.frames utils.crops utils.label_index \
     utils.batch_memory utils.device_augment utils.assign utils.autoanchor utils.batched_nms utils.dcn_watch \
     utils.early_stopping utils.background utils.ema utils.nan_search utils.stages utils.torch_legacy \
-    utils.cuda_recording utils.gc_pause models.activations models.offsets models.ops.deform_conv
+    utils.cuda_recording utils.side_stream utils.gc_pause models.activations models.offsets models.ops.deform_conv
 utils.files utils.run_lock utils.torch_file utils.npz utils.device utils.dist utils.images utils.label_table \
     utils.labels utils.mosaic utils.plots utils.curves utils.metrics utils.matching utils.coco utils.coco_ap \
-    utils.optim utils.autobatch utils.shared_gradients utils.streams models.common models.forward_graphs models.head
+    utils.optim utils.autobatch utils.shared_gradients utils.streams utils.cuda_graphs models.common models.head
 utils.helpers utils.confusion utils.config utils.checkpoint utils.peer_watch utils.wts utils.loggers \
     utils.label_cache utils.sources models.extra models.ghost \
     models.transformer models.sampling models.spec models.surgery models.deform models.summary models.results

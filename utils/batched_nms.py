@@ -4,81 +4,151 @@ image means waiting for the device at every step.
 The greedy rule, "a box stays unless a better one that stays overlaps it", is solved by repetition: begin with all
 boxes, apply the rule to all of them, until nothing changes. After n rounds everything that depends on chains of at most
 n suppressions is final, so the answer is that of going through the boxes one by one, in as many rounds as the longest
-chain has links; chains are short.
+chain has links; chains are short. The rounds are guessed and the guess is looked at once, at the end: a device that is
+asked after each waits to be told on.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
+CLASS_OFFSET = 7680.0
+"""Boxes of different classes are moved apart by at least this many pixels, so that they do not meet."""
 BLOCK = 512
 """So many candidates an image at a time meet those already kept."""
 MOST_PAIRS = 16 << 20
 """Pairs of boxes compared at once: images go in such portions."""
-ROUNDS = 4
-"""Rounds between two looks at whether anything changed."""
+ROUNDS = 8
+"""Rounds at first, and eight times as many as long as the answer is not final. Evaluation takes 4 to 7."""
+LOOK = 4
+"""Blocks between two looks at whether all images have enough."""
+
+Step = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor, Tensor]]
+"""kept, count, final, block, valid -> stays, kept, count, final: :func:`block_step` with its keywords."""
 
 
-def suppress(boxes: Tensor, images: Tensor, count: int, iou_thres: float, most: int, max_det: int) -> list[Tensor]:
+def step_of(iou_thres: float, max_det: int, rounds: int = ROUNDS) -> Step:
+    """:func:`block_step` for these thresholds."""
+    return partial(block_step, iou_thres=iou_thres, max_det=max_det, rounds=rounds)
+
+
+def suppress(
+    boxes: Tensor,
+    classes: Tensor | None,
+    images: Tensor,
+    count: int,
+    iou_thres: float,
+    most: int,
+    max_det: int,
+    step: Step | None = None,
+) -> list[Tensor]:
     """Indices of the boxes that stay, one tensor an image, at most ``max_det`` each, in the order given.
 
-    ``boxes`` (k, 4) float32 corners, best first within an image; ``images`` (k,) int64, the image of each, ascending,
-    below ``count``. Boxes that overlap by more than ``iou_thres`` suppress each other; no more than the ``most`` best
-    of an image take part.
+    ``boxes`` (k, 4) float32 corners, best first within an image; ``classes`` (k,), boxes of different ones do not meet
+    (None: all do); ``images`` (k,) int64, the image of each, ascending, below ``count``. Boxes that overlap by more
+    than ``iou_thres`` suppress each other; no more than the ``most`` best of an image take part. ``step``: that of
+    :func:`step_of`, as a CUDA graph, for example; blocks are of one size then.
     """
     starts = torch.searchsorted(images, torch.arange(count + 1, device=images.device))
-    ends = torch.minimum(starts[1:], starts[:-1] + most)
-    longest = int((ends - starts[:-1]).max()) if count else 0
-    side = min(longest, BLOCK)
-    portion = max(1, MOST_PAIRS // max(side * (side + min(longest - side, max_det)), 1))
+    starts, ends = starts[:-1], torch.minimum(starts[1:], starts[:-1] + most)
+    longest = int((ends - starts).max()) if count else 0
+    size = BLOCK if step else min(longest, BLOCK)
+    portion = max(1, MOST_PAIRS // max(size * (size + max_det * (longest > size)), 1))
+    step = step or step_of(iou_thres, max_det)
     kept: list[Tensor] = []
-    for first in range(0, count, portion):
+    for first in range(0, count if longest else 0, portion):
         part = slice(first, first + portion)
-        kept += _suppress_portion(boxes, starts[:-1][part], ends[part], longest, iou_thres, max_det)
-    return kept
+        place = starts[part, None] + torch.arange(-(-longest // size) * size, device=boxes.device)
+        valid = place < ends[part, None]
+        place.clamp_(max=len(boxes) - 1)
+        candidates = boxes[place]
+        if classes is not None:
+            candidates = apart(candidates, classes[place], valid)
+        rounds, found = ROUNDS, _blocks(candidates, valid, size, step, max_det)
+        while found is None:
+            rounds *= 8
+            found = _blocks(candidates, valid, size, step_of(iou_thres, max_det, rounds), max_det)
+        staying, counts = found
+        kept += place[staying].split(counts)
+    return kept or [starts.new_zeros(0)] * count
 
 
-def _suppress_portion(
-    boxes: Tensor, starts: Tensor, ends: Tensor, longest: int, iou_thres: float, max_det: int
-) -> list[Tensor]:
-    """Some images, block by block: the boxes of a block meet each other and what stays so far."""
-    kept = starts.new_zeros(len(starts), 0)
-    staying = torch.zeros_like(kept, dtype=torch.bool)
-    for begin in range(0, longest, BLOCK):
-        block = starts[:, None] + torch.arange(begin, min(begin + BLOCK, longest), device=boxes.device)
-        valid, block = block < ends[:, None], block.clamp_(max=max(len(boxes) - 1, 0))
-        pool = torch.cat((kept, block), 1)
-        stays = torch.cat((staying, greedy(boxes[pool], staying, valid, iou_thres)), 1)
-        order = stays.argsort(dim=1, descending=True, stable=True)[:, :max_det]  # those that stay move to the front
-        kept, staying = pool.gather(1, order), stays.gather(1, order)
-        if begin + BLOCK < longest and kept.shape[1] == max_det and bool(staying.all()):
-            break
-    return [row[:n] for row, n in zip(kept, staying.sum(1).tolist())]
+def apart(boxes: Tensor, classes: Tensor, valid: Tensor) -> Tensor:
+    """Boxes (B, K, 4) moved by their class (B, K): at least by CLASS_OFFSET, and by as much as an image is wide, or
+    classes would meet. Those not ``valid`` (B, K) do not count."""
+    low = boxes.amin(2).masked_fill(~valid, torch.inf).amin(1, keepdim=True)
+    high = boxes.amax(2).masked_fill(~valid, -torch.inf).amax(1, keepdim=True)
+    return boxes + (classes * (high - low).clamp(min=CLASS_OFFSET))[..., None]
 
 
-def greedy(boxes: Tensor, staying: Tensor, valid: Tensor, iou_thres: float) -> Tensor:
-    """(B, K) bool: which boxes of a block stay.
+def _blocks(candidates: Tensor, valid: Tensor, size: int, step: Step, max_det: int) -> tuple[Tensor, list[int]] | None:
+    """Which of some images' candidates stay, (B, K) bool, and how many of each; None if a block needs more rounds than
+    ``step`` has."""
+    images, length = valid.shape
+    kept = candidates.new_zeros(images, max_det + 1 if length > size else 0, 4)
+    count, final = torch.zeros((images, 1), dtype=torch.long, device=valid.device), valid.new_ones(())
+    staying = torch.zeros_like(valid)
+    for number, begin in enumerate(range(0, length, size), 1):
+        here = slice(begin, begin + size)
+        stays, kept, count, final = step(kept, count, final, candidates[:, here], valid[:, here])
+        staying[:, here] = stays
+        if number % LOOK == 0 and here.stop < length:
+            enough = (count >= max_det) | ~valid[:, here.stop, None]
+            if bool(enough.all()):
+                break
+    *counts, is_final = torch.cat((staying.sum(1), final[None])).tolist()
+    return (staying, counts) if is_final else None
 
-    ``boxes`` (B, M + K, 4) corners, best first: M of earlier blocks, which are there for good where ``staying`` (B, M),
-    and those of the block, of which those not ``valid`` (B, K) neither stay nor suppress. As few operations as it goes:
-    a GPU takes longer to be told of them than to do them.
+
+def block_step(
+    kept: Tensor,
+    count: Tensor,
+    final: Tensor,
+    block: Tensor,
+    valid: Tensor,
+    *,
+    iou_thres: float,
+    max_det: int,
+    rounds: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One block of candidates meets those kept so far and one another.
+
+    ``kept`` (B, max_det + 1, 4) corners of those kept, then zeros, or (B, 0, 4) if there is but one block; ``count``
+    (B, 1) int64, how many; ``final`` () bool, whether all blocks so far had rounds enough; ``block`` (B, K, 4), best
+    first, of which those not ``valid`` (B, K) neither stay nor suppress. Returns which of the block stay, (B, K) bool,
+    no more than ``max_det`` of an image in all, and ``kept``, ``count`` and ``final``, which are changed in place. All
+    of it has the same shapes every time and nothing waits for the device, so that it can be recorded.
     """
-    earlier = staying.shape[1]
-    # as numbers, because a product of matrices counts fastest: 16 bits hold them where GPUs multiply these, which do
-    # not count beyond "some"
-    number = torch.float16 if boxes.is_cuda else torch.float32
-    # [i, j]: i overlaps j and is better
-    hides = _overlaps(boxes, earlier, iou_thres).to(number).triu_(1 - earlier)
-    free = valid[:, None].to(number)
+    stays, settled = greedy(kept, block, valid, iou_thres, rounds)
+    place = count + stays.cumsum(1)
+    stays = stays & (place <= max_det)
+    if kept.shape[1]:
+        slot = torch.where(stays, place - 1, max_det)[..., None].expand_as(block)
+        kept.scatter_(1, slot, block)
+        kept[:, max_det:] = 0
+    torch.clamp(place[:, -1:], max=max_det, out=count)
+    return stays, kept, count, final.logical_and_(settled)
+
+
+def greedy(kept: Tensor, block: Tensor, valid: Tensor, iou_thres: float, rounds: int) -> tuple[Tensor, Tensor]:
+    """(B, K) bool, which boxes of a block stay, and () bool, whether that is final after so many rounds.
+
+    ``kept`` (B, M, 4) corners, there for good; ``block`` (B, K, 4), best first; ``valid`` (B, K) as above. As few
+    operations as it goes: a GPU takes longer to be told of them than to do them.
+    """
+    earlier = kept.shape[1]
+    overlap = _overlaps(torch.cat((kept, block), 1), earlier, iou_thres)
     if earlier:
-        free *= staying[:, None].to(number) @ hides[:, :earlier] == 0
-    hides, stays = hides[:, earlier:], free
-    while True:
-        for _ in range(ROUNDS):
-            before, stays = stays, (stays @ hides == 0) * free
-        if torch.equal(stays, before):
-            return stays[:, 0] > 0
+        valid = valid & ~overlap[:, :earlier].any(1)
+    hidden_by = overlap[:, earlier:].tril(-1)  # [i, j]: j is better and overlaps i
+    stays = before = valid
+    for _ in range(rounds):
+        before, stays = stays, valid & ~(hidden_by & stays[:, None]).any(2)
+    return stays, (stays == before).all()
 
 
 def _overlaps(boxes: Tensor, first: int, iou_thres: float) -> Tensor:

@@ -32,36 +32,38 @@ Begin = Callable[..., Callable[[], Any]]
 
 @dataclass(frozen=True, eq=False)
 class Detections:
-    """The detections of all images as a COCO result file gives them.
+    """Detections of several images as a COCO result file gives them.
 
-    ``ids``: COCO's id of each image; ``image`` (n,) int64, the place in ``ids``; ``boxes`` (n, 4) float64 x, y, width,
-    height in pixels of the original image, rounded to 3 decimals; ``scores`` (n,) float64, rounded to 5;
-    ``categories`` (n,) int64.
+    ``image`` (n,) int64, the image's number; ``boxes`` (n, 4) float64 x, y, width, height in pixels of the original
+    image, rounded to 3 decimals; ``scores`` (n,) float64, rounded to 5; ``categories`` (n,) int64.
     """
 
-    ids: Sequence[int | str]
     image: np.ndarray
     boxes: np.ndarray
     scores: np.ndarray
     categories: np.ndarray
 
     @staticmethod
-    def of(ids: Sequence[int | str], found: Sequence[np.ndarray], categories: Sequence[int]) -> Detections:
+    def of(found: Sequence[np.ndarray], categories: Sequence[int], first: int = 0) -> Detections:
         """``found``: of each image (n, 6) x1, y1, x2, y2 in pixels of the original image, confidence, class;
-        ``categories``: category number of each class."""
+        ``categories``: category number of each class; ``first``: the first image's number."""
         found = [np.asarray(rows).reshape(-1, 6) for rows in found]
         rows = np.concatenate([np.empty((0, 6)), *found]).astype(np.float64)
         boxes = np.concatenate((rows[:, :2], rows[:, 2:4] - rows[:, :2]), 1).round(3)
-        image = np.repeat(np.arange(len(found)), [len(rows) for rows in found])
-        return Detections(ids, image, boxes, rows[:, 4].round(5), np.asarray(categories)[rows[:, 5].astype(np.int64)])
+        image = np.repeat(np.arange(first, first + len(found)), [len(rows) for rows in found])
+        return Detections(image, boxes, rows[:, 4].round(5), np.asarray(categories)[rows[:, 5].astype(np.int64)])
+
+    @staticmethod
+    def joined(parts: Sequence[Detections]) -> Detections:
+        """Those of at least one part, one after another."""
+        return Detections(*(np.concatenate(values) for values in zip(*(part._values() for part in parts))))
 
     def __len__(self) -> int:
         return len(self.scores)
 
     def __getitem__(self, chosen: np.ndarray) -> Detections:
         """Those at these places, or where this mask is True."""
-        parts = (self.image, self.boxes, self.scores, self.categories)
-        return Detections(self.ids, *(part[chosen] for part in parts))
+        return Detections(*(values[chosen] for values in self._values()))
 
     def most_confident(self, per_class: int = MAX_DETECTIONS) -> Detections:
         """Those that COCO's evaluation looks at: of each image the ``per_class`` best of each class. In their order,
@@ -70,14 +72,16 @@ class Detections:
         group = self.image * (self.categories.max(initial=0) + 1) + self.categories
         return self[np.sort(best[earlier(group[best]) < per_class])]
 
-    def entries(self) -> list[dict[str, Any]]:
-        """The content of a COCO result file."""
-        parts = (self.image.tolist(), self.boxes.tolist(), self.scores.tolist(), self.categories.tolist())
+    def entries(self, ids: Sequence[int | str]) -> list[dict[str, Any]]:
+        """The content of a COCO result file; ``ids``: COCO's id of each image."""
         with collection_paused():  # none of a million entries is garbage
             return [
-                {"image_id": self.ids[image], "category_id": category, "bbox": box, "score": score}
-                for image, box, score, category in zip(*parts)
+                {"image_id": ids[image], "category_id": category, "bbox": box, "score": score}
+                for image, box, score, category in zip(*(values.tolist() for values in self._values()))
             ]
+
+    def _values(self) -> tuple[np.ndarray, ...]:
+        return self.image, self.boxes, self.scores, self.categories
 
 
 def prepare_evaluation() -> None:
@@ -89,9 +93,15 @@ class Evaluation:
     """COCO's twelve numbers (``STATS``: AP, AP50, ...) of detections against labels, as pycocotools gives them."""
 
     def __init__(
-        self, truth: Mapping[str, Any], detections: Detections, begin: Begin = partial, shares: int = 1
+        self,
+        truth: Mapping[str, Any],
+        ids: Sequence[int | str],
+        detections: Detections,
+        begin: Begin = partial,
+        shares: int = 1,
     ) -> None:
-        """``truth``: a COCO annotation mapping. Image ids may be numbers or texts; only images listed there count.
+        """``truth``: a COCO annotation mapping; ``ids``: its id, number or text, of each image that ``detections``
+        number from 0. Only images listed there count; of an image and class the MAX_DETECTIONS best.
 
         The classes are evaluated in up to ``shares`` calls, which ``begin`` begins, by itself when they are asked for.
         Raises MissingPackage without faster-coco-eval.
@@ -101,15 +111,21 @@ class Evaluation:
         except ImportError:
             raise MissingPackage("COCO AP", "faster-coco-eval") from None
         # Both libraries want whole numbers above 0 for images and take annotation id 0 for "unmatched".
-        ids = dict.fromkeys(image["id"] for image in truth["images"])
-        number = {image_id: index for index, image_id in enumerate(ids, 1)}
-        image = np.array([number.get(i, 0) for i in detections.ids], np.int64)[detections.image]
-        detections = replace(detections, image=image)[image > 0].most_confident()
-        kinds = sorted({category["id"] for category in truth["categories"]})
-        self._dealt = _dealt(kinds, detections.categories, shares)
-        self._parts = [
-            begin(evaluate_classes, group, *_share(truth, number, detections, group)) for group in self._dealt
-        ]
+        listed = dict.fromkeys(image["id"] for image in truth["images"])
+        number = {image_id: index for index, image_id in enumerate(listed, 1)}
+        image = np.array([number.get(i, 0) for i in ids], np.int64)[detections.image]
+        kinds = np.array(sorted({category["id"] for category in truth["categories"]}), np.int64)
+        place = np.searchsorted(kinds, detections.categories)  # of each one's category among them
+        wanted = (image > 0) & (place < len(kinds)) & (np.append(kinds, 0)[place] == detections.categories)
+        detections = replace(detections, image=image)
+        if not wanted.all():
+            detections, place = detections[wanted], place[wanted]
+        owner = _dealt(np.bincount(place, minlength=len(kinds)), shares)
+        self._dealt = [kinds[owner == share].tolist() for share in range(owner.max(initial=0) + 1)]
+        self._parts = []
+        for share, group in enumerate(self._dealt):
+            labels, found = _labels(truth, number, group), detections[owner[place] == share]
+            self._parts.append(begin(evaluate_classes, group, len(number), labels, found))
 
     def stats(self) -> dict[str, float]:
         """Waits for them. -1 stands for "no labels of that kind"."""
@@ -124,30 +140,24 @@ class Evaluation:
         return {name: float(value) for name, value in zip(STATS, evaluation.stats)}
 
 
-def _dealt(kinds: Sequence[int], found: np.ndarray, shares: int) -> list[list[int]]:
-    """Categories in at most ``shares`` groups with about as many detections each: the largest first, each to the
-    group that has least."""
-    groups: list[list[int]] = [[] for _ in range(max(1, min(shares, len(kinds))))]
-    loads = [0] * len(groups)
-    counts = dict(zip(*(part.tolist() for part in np.unique(found, return_counts=True))))
-    for count, kind in sorted(((counts.get(kind, 0), kind) for kind in kinds), reverse=True):
-        least = loads.index(min(loads))
-        groups[least].append(kind)
-        loads[least] += count
-    return [sorted(group) for group in groups]
+def _dealt(counts: np.ndarray, shares: int) -> np.ndarray:
+    """(k,) int64: the share of each category, of which there are at most ``shares`` with about as many detections each:
+    the largest first, each to the share that has least. ``counts`` (k,): detections of each category."""
+    owner, loads = np.zeros(len(counts), np.int64), [0] * max(1, min(shares, len(counts)))
+    for kind in np.argsort(-counts, kind="stable").tolist():
+        owner[kind] = loads.index(min(loads))
+        loads[owner[kind]] += int(counts[kind])
+    return owner
 
 
-def _share(
-    truth: Mapping[str, Any], number: Mapping[int | str, int], detections: Detections, kinds: Sequence[int]
-) -> tuple[int, list[dict], Detections]:
-    """What :func:`evaluate_classes` needs to know of these categories."""
+def _labels(truth: Mapping[str, Any], number: Mapping[int | str, int], kinds: Sequence[int]) -> list[dict]:
+    """The annotations of these categories, images by their number."""
     wanted = set(kinds)
-    labels = [
+    return [
         dict(entry, image_id=number[entry["image_id"]])
         for entry in truth["annotations"]
         if entry["category_id"] in wanted
     ]
-    return len(number), labels, replace(detections[np.isin(detections.categories, kinds)], ids=())
 
 
 def evaluate_classes(
@@ -159,22 +169,40 @@ def evaluate_classes(
     ``images``: they are numbered from 1; ``labels``: COCO annotations without ids; ``detections``: their ``image`` is
     the image's number.
     """
-    from faster_coco_eval import COCO, COCOeval_faster
+    from faster_coco_eval import COCOeval_faster
 
-    parts = (detections.image.tolist(), detections.boxes.tolist(), detections.scores.tolist())
+    box = detections.boxes
+    parts = (detections.image, detections.categories, box, detections.scores, box[:, 2] * box[:, 3])
     with collection_paused():  # it would go through all entries again and again, a third of the time
-        # an outline that is there, if only as None, is not made
         found = [
-            {"image_id": image, "category_id": category, "bbox": box, "score": score, "segmentation": None}
-            for image, box, score, category in zip(*parts, detections.categories.tolist())
+            {"id": number, "image_id": image, "category_id": kind, "bbox": box, "score": score, "area": area}
+            for number, (image, kind, box, score, area) in enumerate(zip(*(part.tolist() for part in parts)), 1)
         ]
-        about = {
-            "images": [{"id": number} for number in range(1, images + 1)],
-            "categories": [{"id": kind} for kind in kinds],
-        }
-        coco = COCO(about | {"annotations": [dict(label, id=number) for number, label in enumerate(labels, 1)]})
-        results = coco.loadRes(found) if found else COCO(about | {"annotations": []})  # older ones need one at least
-        evaluation = COCOeval_faster(coco, results, "bbox", print_function=lambda *_: None)
+        given = [dict(label, id=number) for number, label in enumerate(labels, 1)]
+        truth, results = (_Listed(images, kinds, entries) for entries in (given, found))
+        evaluation = COCOeval_faster(truth, results, "bbox", print_function=lambda *_: None)
         evaluation.evaluate()
         evaluation.accumulate()
     return {name: np.asarray(evaluation.eval[name]) for name in ("precision", "recall")}
+
+
+@dataclass(frozen=True)
+class _Listed:
+    """Annotations as the evaluation asks for them, which is for all: a COCO object would make a dozen tables, for other
+    questions, in as much time as the evaluation takes."""
+
+    images: int
+    kinds: Sequence[int]
+    entries: list[dict]
+
+    def getImgIds(self) -> list[int]:
+        return list(range(1, self.images + 1))
+
+    def getCatIds(self) -> list[int]:
+        return list(self.kinds)
+
+    def getAnnIds(self, imgIds: Sequence[int], catIds: Sequence[int]) -> range:
+        return range(len(self.entries))
+
+    def loadAnns(self, ids: range) -> list[dict]:
+        return self.entries

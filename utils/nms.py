@@ -10,12 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from utils.batched_nms import suppress
+from utils.batched_nms import Step, apart, suppress
 from utils.boxes import cxcywh_to_xyxy
 from utils.config import check_thresholds
-
-CLASS_OFFSET = 7680.0
-"""Boxes of different classes are moved apart by at least this many pixels, so that one call serves all classes."""
 
 MAX_CANDIDATES = 30_000
 """At most this many boxes an image, the highest scores, enter suppression: the bound on time and memory."""
@@ -36,6 +33,7 @@ def non_max_suppression(
     multi_label: bool = False,
     max_det: int = 300,
     labels: Sequence[Tensor] = (),
+    step: Step | None = None,
 ) -> list[Tensor]:
     """Greedy NMS, image by image.
 
@@ -44,6 +42,7 @@ def non_max_suppression(
     ``multi_label`` keeps a box once for every class that exceeds it, otherwise only in its best class.
     ``classes`` keeps only these; ``agnostic`` lets boxes of different classes suppress each other.
     ``labels``: one (m, 5) tensor an image, class, cx, cy, w, h in network pixels, that join as certain detections.
+    ``step``: what a GPU does block by block, made by :func:`utils.batched_nms.step_of` with the same thresholds.
 
     Returns a list over B of (n, 6) float32, n <= ``max_det``: x1, y1, x2, y2 in network pixels, score, class, by
     falling score; on the device of ``pred``, or on the CPU for few boxes of one image. Rows with non-finite boxes or
@@ -57,7 +56,7 @@ def non_max_suppression(
             if len(rows) <= FEW:
                 candidates, _ = _candidates(rows.cpu(), conf_thres, multi_label, classes)
                 return [_suppress(candidates, iou_thres, agnostic, max_det)]
-        return _all_at_once(pred, conf_thres, iou_thres, classes, agnostic, multi_label, max_det, labels)
+        return _all_at_once(pred, conf_thres, iou_thres, classes, agnostic, multi_label, max_det, labels, step)
     found = []
     for index, rows in enumerate(pred):
         rows = rows[rows[:, 4] > conf_thres].float()
@@ -72,7 +71,7 @@ def _goes_at_once(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def _all_at_once(pred, conf_thres, iou_thres, classes, agnostic, multi_label, max_det, labels) -> list[Tensor]:
+def _all_at_once(pred, conf_thres, iou_thres, classes, agnostic, multi_label, max_det, labels, step) -> list[Tensor]:
     """The same for all images together: a GPU is waited for some ten times, not at every step of every image."""
     alive = pred[..., 4] > conf_thres
     rows, images = pred[alive].float(), alive.nonzero()[:, 0]
@@ -85,19 +84,9 @@ def _all_at_once(pred, conf_thres, iou_thres, classes, agnostic, multi_label, ma
     order = candidates[:, 4].argsort(descending=True, stable=True)
     order = order[images[order].argsort(stable=True)]
     candidates, images = candidates[order], images[order]
-    boxes = candidates[:, :4]
-    if not agnostic:
-        boxes = _apart(boxes, candidates[:, 5:6], images, len(pred))
-    kept = suppress(boxes, images, len(pred), iou_thres, MAX_CANDIDATES, max_det)
-    return [candidates[indices] for indices in kept]
-
-
-def _apart(boxes: Tensor, classes: Tensor, images: Tensor, count: int) -> Tensor:
-    """Boxes moved by class: at least by CLASS_OFFSET, and by as much as an image is wide, or classes would meet."""
-    low, high = boxes.new_full((count,), torch.inf), boxes.new_full((count,), -torch.inf)
-    low = low.scatter_reduce(0, images, boxes.amin(1), "amin")
-    high = high.scatter_reduce(0, images, boxes.amax(1), "amax")
-    return boxes + classes * (high - low).clamp(min=CLASS_OFFSET)[images, None]
+    classes = None if agnostic else candidates[:, 5]
+    kept = suppress(candidates[:, :4], classes, images, len(pred), iou_thres, MAX_CANDIDATES, max_det, step)
+    return list(candidates[torch.cat(kept)].split([len(indices) for indices in kept])) if kept else []
 
 
 def _label_rows(labels: Tensor, width: int) -> Tensor:
@@ -132,7 +121,7 @@ def _suppress(candidates: Tensor, iou_thres: float, agnostic: bool, max_det: int
     candidates = candidates[candidates[:, 4].argsort(descending=True, stable=True)[:MAX_CANDIDATES]]
     boxes = candidates[:, :4]
     if not agnostic:
-        boxes = _apart(boxes, candidates[:, 5:6], candidates.new_zeros(len(boxes), dtype=torch.long), 1)
+        (boxes,) = apart(boxes[None], candidates[None, :, 5], boxes.new_ones(1, len(boxes), dtype=torch.bool))
     # Block by block, by falling score: what survived so far meets the next block. The survivors are those of one call
     # with everything, which would compare each box with all others: its cost grows with the square.
     nms, kept = _kernel(), torch.arange(0, device=boxes.device)

@@ -11,6 +11,7 @@ from torch import nn
 from engine import evaluator
 from engine.eval_outputs import BatchPictures, CocoCollector, LabelWriter, save_curves
 from engine.evaluator import CPU_CHUNK, evaluate
+from utils.cuda_graphs import CudaGraphs
 from utils.errors import ConfigError
 from utils.loss import LossParts
 
@@ -155,9 +156,11 @@ def test_hybrid_labels_join_nms():
 def test_files_of_an_evaluation(tmp_path):
     labels = LabelWriter(tmp_path / "labels", with_confidence=True)
     coco = CocoCollector(NAMES, (0, 1))
-    observers = [labels, coco, BatchPictures(tmp_path, NAMES, batches=1)]
+    batch_pictures = BatchPictures(tmp_path, NAMES, batches=1)
+    observers = [labels, coco, batch_pictures]
     metrics = run(Oracle(), [make_batch(2), make_batch(2, 2)], observers=observers)
     save_curves(metrics, NAMES, tmp_path)
+    batch_pictures.close()
     coco.save(tmp_path / "predictions.json")
 
     lines = sorted((tmp_path / "labels/0.txt").read_text().splitlines())
@@ -187,6 +190,33 @@ def test_on_a_gpu_it_gives_the_same_and_times_each_stage(dtype):
     )
     assert metrics.map == pytest.approx(0.995)
     assert all(ms > 0 for ms in metrics.speed.values())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("batches", [1, 2, 12])
+def test_beside_the_next_batch_the_same_is_found(batches):
+    """The model and NMS as graphs, whose outputs the next batch writes over; the last batch is smaller."""
+    device, generator = torch.device("cuda:0"), torch.Generator().manual_seed(0)
+    table = torch.rand(batches, 3000, 7, generator=generator)
+    table[..., :4] *= SIZE
+    table = table.to(device)
+
+    def model(images):
+        return table[(images[:, 0, 0, 0] * 255).round().long()], None
+
+    def loaded():
+        for number in range(batches):
+            batch = make_batch(2 if number == batches - 1 else 3, 3 * number)
+            batch.images[:] = number
+            yield batch
+
+    found = {}
+    for overlap in (False, True):
+        see = lambda batch, detections, results: found.setdefault(overlap, []).extend(detections)  # noqa: E731, B023
+        settings = dict(device=device, names=NAMES, overlap=overlap, observers=[see], show_progress=False)
+        evaluate(CudaGraphs(model) if overlap else model, loaded(), **settings)
+    assert len(found[True]) == len(found[False]) == 3 * batches - 1 and all(map(len, found[True]))
+    assert all(torch.equal(a, b) for a, b in zip(found[True], found[False]))
 
 
 def test_label_files_of_an_earlier_run_do_not_stay(tmp_path):

@@ -7,7 +7,8 @@ import threading
 import pytest
 import torch
 
-from utils.background import Background, held
+from utils import background as module
+from utils.background import Background, fetch, held
 
 
 def test_arguments_are_held() -> None:
@@ -37,6 +38,34 @@ def test_named_and_other_values_stay_what_they_are() -> None:
 
     assert held((1, None, "a", [2.5])) == (1, None, "a", [2.5])
     assert held(Named(a=1)) == {"a": 1}
+
+
+def mixed(device: str) -> list[torch.Tensor]:
+    """Tensors of several types, shapes and orders in memory."""
+    numbers = torch.arange(24.0, device=device)
+    images = numbers.view(1, 2, 3, 4).to(memory_format=torch.channels_last)
+    parameter = torch.nn.Parameter(numbers[:4].view(2, 2))
+    return [numbers, images, parameter, numbers.half()[3], numbers[::5], numbers.long(), numbers[:0], numbers.half()]
+
+
+@pytest.mark.parametrize("most", [1, 10, 1 << 26])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_what_is_fetched_is_the_same(device: str, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "AT_ONCE", most)
+    given = mixed(device)
+    for copy, tensor in zip(fetch(given), given, strict=True):
+        assert copy.dtype == tensor.dtype and torch.equal(copy, tensor.detach().cpu()) and not copy.requires_grad
+
+
+@pytest.mark.gpu
+def test_tensors_of_a_gpu_are_held() -> None:
+    cuda, cpu = mixed("cuda"), mixed("cpu")
+    kept = held({"a": cuda, "b": (cpu[0], {"c": cuda[0]}), "n": 1})
+    for tensor in (cuda[0], cpu[0]):
+        tensor.fill_(7)
+    for copy, tensor in zip(kept["a"], mixed("cpu"), strict=True):
+        assert copy.device.type == "cpu" and torch.equal(copy, tensor)
+    assert torch.equal(kept["b"][0], torch.arange(24.0)) and torch.equal(kept["b"][1]["c"], torch.arange(24.0))
 
 
 def test_an_error_comes_out_once_and_ends_what_was_to_follow() -> None:

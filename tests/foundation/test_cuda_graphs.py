@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from models.api import Detector
-from models.forward_graphs import MOST_SHAPES, RECORD_AT, ForwardGraphs
 from models.surgery import fuse
 from models.yolo import DetectionModel
+from utils.cuda_graphs import MOST_SHAPES, RECORD_AT, CudaGraphs
 from utils.device import graphs_allowed
 from utils.errors import ConfigError
 
@@ -34,7 +34,7 @@ class Recorder:
         self.recorded: list[tuple[int, ...]] = []
         self.replays = 0
 
-    def __call__(self, model: nn.Module, images: Tensor) -> Callable[[Tensor], Tensor]:
+    def __call__(self, function: nn.Module, images: Tensor) -> Callable[[Tensor], Tensor]:
         self.recorded.append(tuple(images.shape))
 
         def replay(images: Tensor) -> Tensor:
@@ -45,19 +45,19 @@ class Recorder:
 
 
 @pytest.fixture
-def graphs() -> ForwardGraphs:
-    return ForwardGraphs(Doubles(), Recorder())
+def graphs() -> CudaGraphs:
+    return CudaGraphs(Doubles(), Recorder())
 
 
-def test_a_shape_is_recorded_when_it_comes_again(graphs: ForwardGraphs) -> None:
+def test_a_shape_is_recorded_when_it_comes_again(graphs: CudaGraphs) -> None:
     for number in range(1, 6):
         images = torch.full((2, 3, 4, 4), float(number))
         assert torch.equal(graphs(images), images * 2)
         assert graphs._record.recorded == ([(2, 3, 4, 4)] if number >= RECORD_AT else [])
-    assert graphs._model.passes == RECORD_AT - 1 and graphs._record.replays == 6 - RECORD_AT
+    assert graphs._function.passes == RECORD_AT - 1 and graphs._record.replays == 6 - RECORD_AT
 
 
-def test_precision_belongs_to_the_shape(graphs: ForwardGraphs) -> None:
+def test_precision_belongs_to_the_shape(graphs: CudaGraphs) -> None:
     for _ in range(RECORD_AT):
         graphs(torch.ones(1, 3, 4, 4))
         graphs(torch.ones(1, 3, 4, 4, dtype=torch.float64))
@@ -66,7 +66,7 @@ def test_precision_belongs_to_the_shape(graphs: ForwardGraphs) -> None:
     assert len(graphs._record.recorded) == 3
 
 
-def test_the_graphs_that_are_kept_are_few(graphs: ForwardGraphs) -> None:
+def test_the_graphs_that_are_kept_are_few(graphs: CudaGraphs) -> None:
     """The one not used for longest goes, and has to come as often again."""
     shapes = [(1, 3, 4, side) for side in range(1, MOST_SHAPES + 2)]
     for shape in shapes:
@@ -74,18 +74,18 @@ def test_the_graphs_that_are_kept_are_few(graphs: ForwardGraphs) -> None:
             graphs(torch.ones(shape))
         graphs(torch.ones(shapes[0]))  # used all the time
     assert len(graphs._graphs) == MOST_SHAPES and graphs._record.recorded == shapes
-    before = graphs._model.passes
+    before = graphs._function.passes
     graphs(torch.ones(shapes[0]))
-    assert graphs._model.passes == before
+    assert graphs._function.passes == before
     graphs(torch.ones(shapes[1]))
-    assert graphs._model.passes == before + 1 and graphs._record.recorded == shapes
+    assert graphs._function.passes == before + 1 and graphs._record.recorded == shapes
 
 
 def test_a_model_that_cannot_be_recorded_goes_on(caplog: pytest.LogCaptureFixture) -> None:
     def refuse(model: nn.Module, images: Tensor) -> None:
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
-    graphs = ForwardGraphs(Doubles(), refuse)
+    graphs = CudaGraphs(Doubles(), refuse)
     for _ in range(2 * RECORD_AT + 1):
         assert graphs(torch.ones(1, 3, 4, 4)).sum() == 96
     [record] = caplog.records
@@ -129,7 +129,7 @@ def test_replays_find_the_same_boxes(name: str, half: bool) -> None:
 def test_weights_that_change_in_place_are_followed() -> None:
     """The average under training, validated every epoch."""
     model = DetectionModel("yolov5n.yaml", nc=2).eval().cuda()
-    graphs, images = ForwardGraphs(model), torch.rand(2, 3, 64, 64, device="cuda")
+    graphs, images = CudaGraphs(model), torch.rand(2, 3, 64, 64, device="cuda")
     with torch.inference_mode():
         for _ in range(RECORD_AT + 1):
             graphs(images)
@@ -145,7 +145,7 @@ def test_a_layer_that_waits_for_the_device() -> None:
         def forward(self, images: Tensor) -> Tensor:
             return images * float(images.mean() < 9)
 
-    graphs, images = ForwardGraphs(Waits()), torch.ones(1, 3, 8, 8, device="cuda")
+    graphs, images = CudaGraphs(Waits()), torch.ones(1, 3, 8, 8, device="cuda")
     for _ in range(RECORD_AT + 2):
         assert torch.equal(graphs(images), images)
     assert not graphs._enabled and torch.rand(8, device="cuda").unique().numel() > 1

@@ -65,7 +65,7 @@ def build_parser() -> Parser:
     inputs.add_argument("--single-cls", action="store_true", help="treat all classes as one")
 
     # a higher --conf-thres cuts the curves short
-    graphs = f"on a GPU, for batches up to {MOST_IN_GRAPHS} or from {BATCHES_IN_GRAPHS} of one shape"
+    graphs = f"on a GPU, for batches up to {MOST_IN_GRAPHS} or from {BATCHES_IN_GRAPHS} of one shape, and for NMS"
     add_detection_flags(parser.add_argument_group("detection"), conf=0.001, iou=0.6, max_det=300, graphs=graphs)
 
     output = parser.add_argument_group("what to write")
@@ -235,10 +235,10 @@ def validate(
     metrics = dataclasses.replace(metrics, coco=collector.stats())
     if metrics.coco:
         LOGGER.info(coco_line(metrics.coco, truth))
-    if pictures:
-        pictures.close()
     if helpers:
         helpers.close()
+    if pictures:
+        pictures.close()
     LOGGER.info(metrics.speed_line())
     LOGGER.info(f"Results saved to {folder}")
     if labels:
@@ -327,7 +327,7 @@ def one_pass(
         single_cls=args.single_cls,
         amp_dtype=args.amp_dtype,
         hybrid=args.save_hybrid,
-        overlap=args.cuda_graphs != "off",
+        overlap=args.cuda_graphs != "off" and args.task not in ("speed", "study"),  # these measure each stage
         observers=observers,
         on_last=on_last,
     )

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from benchmarks.report import cpu_name, heading, table
 from utils import nms
-from utils.batched_nms import step_of
+from utils.batched_nms import recorded_step
 from utils.cuda_graphs import CudaGraphs
 
 MAX_DET = 300
@@ -68,11 +68,11 @@ def main() -> None:
     def suppress(
         block: int, at_once: bool, conf: float, iou: float, multi: bool, graph: bool = False
     ) -> Callable[[], list[Tensor]]:
-        step = CudaGraphs(step_of(iou, MAX_DET)) if graph else None
+        recorded = recorded_step(iou, MAX_DET, CudaGraphs) if graph else None
 
         def call() -> list[Tensor]:
             nms.BLOCK, nms._goes_at_once = block, lambda device: at_once
-            return nms.non_max_suppression(pred, conf, iou, multi_label=multi, max_det=MAX_DET, step=step)
+            return nms.non_max_suppression(pred, conf, iou, multi_label=multi, max_det=MAX_DET, recorded=recorded)
 
         return call
 

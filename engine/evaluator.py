@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from utils.background import Background, now
-from utils.batched_nms import step_of
+from utils.batched_nms import recorded_step
 from utils.boxes import cxcywh_to_xyxy, scale_to_original
 from utils.config import check_thresholds
 from utils.confusion import ConfusionMatrix
@@ -38,6 +38,8 @@ PRE_PROCESS, INFERENCE, NMS = STAGES
 
 NMS_RECORD_AT = 20
 """A batch takes some eight blocks of NMS: what comes once, as an epoch's smaller last batch, is not recorded."""
+MOST_RECORDED = 1000
+"""Up to so many detections an image: a recorded block always meets the boxes of so many."""
 
 CPU_CHUNK = 4
 """Images per forward pass on the CPU, where larger batches overflow the caches: on two cores yolov5s takes 91 ms an
@@ -87,7 +89,8 @@ def evaluate(
     back. ``names``: {class: name}, as many as the data set has classes. ``amp_dtype``: autocast dtype, None for
     float32. ``criterion``: (raw, targets (T, 6)) -> LossParts, for the validation losses. ``single_cls`` ignores
     classes; ``hybrid`` lets the labels take part in NMS (which inflates every score). ``overlap``: on CUDA, NMS is
-    replayed as a graph beside the next batch's forward pass; takes more memory, some 0.6 GB and a batch.
+    replayed as a graph beside the next batch's forward pass; takes more memory, some 0.6 GB and a batch, and the times
+    of these two stages contain one another.
 
     ``world``: all of its processes call this together, each with the same model and a loader of its share of the
     batches (the k-th of rank r is number k * size + r of all). Rank 0 gets the metrics of all, the same as one process
@@ -100,27 +103,29 @@ def evaluate(
     check_thresholds(conf_thres, iou_thres, max_det)
     times, losses, tally = StageTimes(device), _Losses(), _Tally(len(names))
     shape: tuple[int, ...] = ()
-    background = Background(most=8)
+    background = Background(most=8)  # so much unrest in loading and matching is evened out
     later = background if _has_time(device) else now
     side = SideStream(device) if overlap and device.type == "cuda" else None
-    step = CudaGraphs(step_of(iou_thres, max_det), record_at=NMS_RECORD_AT) if side else None
+    record = partial(CudaGraphs, what="NMS", record_at=NMS_RECORD_AT)
+    recorded = recorded_step(iou_thres, max_det, record) if side and max_det <= MOST_RECORDED else None
     with _eval_mode(model), torch.inference_mode():
         batches = progress(loader, desc=TABLE_HEADER, enabled=show_progress and world.main)
         outputs = _outputs(model, batches, device, amp_dtype, criterion, times, losses, side)
         for output in one_late(outputs) if side else outputs:
             batch = output.batch
             shape = shape or tuple(batch.images.shape)
-            with output.ready(side), times.stage(NMS):
-                detections = non_max_suppression(
-                    output.decoded,
-                    conf_thres,
-                    iou_thres,
-                    agnostic=single_cls,
-                    multi_label=True,
-                    max_det=max_det,
-                    labels=_labels_in_pixels(output.targets, batch.images.shape) if hybrid else (),
-                    step=step,
-                )
+            with output.ready(side):
+                with times.stage(NMS):
+                    detections = non_max_suppression(
+                        output.decoded,
+                        conf_thres,
+                        iou_thres,
+                        agnostic=single_cls,
+                        multi_label=True,
+                        max_det=max_det,
+                        labels=_labels_in_pixels(output.targets, batch.images.shape) if hybrid else (),
+                        recorded=recorded,
+                    )
                 detections = _to_cpu(detections)
             # nobody else has them, so that they need no copies
             later(partial(_take_note, batch, detections, single_cls, tally, times, observers))

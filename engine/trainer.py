@@ -150,9 +150,11 @@ def fit(run: Run, multi_scale: MultiScale | None = None) -> None:
             run.background.wait()
         if helpers:
             helpers.draw("plot_results", read_results(run.dir / "results.csv"), run.dir / "results.png")
-        _final_validation(run, helpers)
-        if pictures:
-            pictures.close()
+        last_pictures = _final_validation(run, helpers)
+    # not before the diagrams: these then are there even where a picture cannot be written
+    for drawn in (pictures, last_pictures) if helpers else ():
+        if drawn:
+            drawn.close()
     if world.main:
         _finish(run, logger)
 
@@ -323,10 +325,10 @@ def _log_epoch(
         LOGGER.warning(line)
 
 
-def _final_validation(run: Run, helpers: Helpers | None) -> None:
-    """Validate best.pt as val.py would, on all ranks, and have its curves drawn."""
+def _final_validation(run: Run, helpers: Helpers | None) -> BatchPictures | None:
+    """Validate best.pt as val.py would, on all ranks, and have its curves drawn; and its pictures, to be closed."""
     if not broadcast(run.best.is_file(), run.world):
-        return
+        return None
     LOGGER.info(f"\nValidating {run.best}...\n{TABLE_HEADER}")
     pictures = BatchPictures(run.dir, run.data.names) if helpers else None
     metrics = _evaluate(run, _best_model(run), observers=[pictures] if pictures else [], show_progress=False)
@@ -334,8 +336,7 @@ def _final_validation(run: Run, helpers: Helpers | None) -> None:
         LOGGER.info(metrics.table(run.data.names))
         if helpers:
             save_curves(metrics, run.data.names, run.dir, helpers.draw)
-    if pictures:
-        pictures.close()
+    return pictures
 
 
 def _finish(run: Run, logger: RunLogger) -> None:

@@ -162,10 +162,10 @@ def build_described(
     description, own_nc = _description(checkpoint), checkpoint.meta.get("nc")
     try:
         check = partial(_check_size, checkpoint)
-        if nc in (None, own_nc):
-            return DetectionModel(description, nc=own_nc, anchors=anchors, check=check)
+        if nc in (None, own_nc) and anchors is None:
+            return DetectionModel(description, nc=own_nc, check=check)
         check(described_values(read_spec(description, nc=own_nc)))
-        return DetectionModel(description, nc=nc, anchors=anchors)
+        return DetectionModel(description, nc=own_nc if nc is None else nc, anchors=anchors)
     except ConfigError as error:
         raise CheckpointError(f"{checkpoint.path}: {error}") from None
 

@@ -16,7 +16,7 @@ def now(function: Callable[..., Any], *arguments: Any) -> None:
     function(*arguments)
 
 
-AT_ONCE = 1 << 26
+AT_ONCE = 1 << 23
 """Values that travel from a GPU together, at least one tensor."""
 
 
@@ -40,8 +40,8 @@ def _with_tensors(value: Any, function: Callable[[Tensor], Any]) -> Any:
 
 
 def fetch(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Copies on the CPU, joined on their device for the way: a training state has a thousand, and each transfer waits.
-    They share memory with one another."""
+    """Contiguous copies on the CPU, joined on their device for the way: a training state has a thousand, and each
+    transfer waits. They share memory with one another."""
     copies: dict[int, Tensor] = {}
     groups: dict[Any, list[int]] = defaultdict(list)
     for index, tensor in enumerate(tensors):
@@ -53,12 +53,20 @@ def fetch(tensors: Sequence[Tensor]) -> list[Tensor]:
             while group and tensors[group[0]].numel() <= room:
                 room -= tensors[group[0]].numel()
                 part.append(group.pop(0))
-            joined = torch.cat([tensors[index].detach().reshape(-1) for index in part])
-            # pinned: a transfer as fast as the bus, into memory that torch keeps for the next time
-            here = torch.empty_like(joined, device="cpu", pin_memory=joined.is_cuda).copy_(joined)
-            pieces = here.split([tensors[index].numel() for index in part])
-            copies |= {index: piece.view(tensors[index].shape) for index, piece in zip(part, pieces)}
+            copies |= zip(part, _joined([tensors[index].detach() for index in part]))
     return [copies[index] for index in range(len(tensors))]
+
+
+def _joined(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Copies on the CPU of tensors of one device and type, by one transfer if there is memory for it."""
+    try:
+        joined = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        # pinned: a transfer as fast as the bus, into memory that torch keeps for the next time
+        here = torch.empty_like(joined, device="cpu", pin_memory=joined.is_cuda).copy_(joined)
+    except RuntimeError:  # no memory left to join them in, or to pin
+        return [tensor.to("cpu", copy=True) for tensor in tensors]
+    pieces = here.split([tensor.numel() for tensor in tensors])
+    return [piece.view(tensor.shape) for piece, tensor in zip(pieces, tensors)]
 
 
 class Background:

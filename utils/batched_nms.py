@@ -11,8 +11,10 @@ asked after each waits to be told on.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,8 +24,8 @@ BLOCK = 512
 """So many candidates an image at a time meet those already kept."""
 MOST_PAIRS = 16 << 20
 """Pairs of boxes compared at once: images go in such portions."""
-ROUNDS = 8
-"""Rounds at first, and eight times as many as long as the answer is not final. Evaluation takes 4 to 7."""
+ROUNDS = 12
+"""Rounds at first, and four times as many as long as the answer is not final. Trained models take 2 to 7."""
 LOOK = 4
 """Blocks between two looks at whether all images have enough."""
 
@@ -31,9 +33,18 @@ Step = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, 
 """kept, count, final, block, valid -> stays, kept, count, final: :func:`block_step` with its keywords."""
 
 
-def step_of(iou_thres: float, max_det: int, rounds: int = ROUNDS) -> Step:
-    """:func:`block_step` for these thresholds."""
-    return partial(block_step, iou_thres=iou_thres, max_det=max_det, rounds=rounds)
+@dataclass(frozen=True)
+class RecordedStep:
+    """:func:`block_step` for these thresholds as something that takes the same shapes every time, a CUDA graph."""
+
+    iou_thres: float
+    max_det: int
+    run: Step
+
+
+def recorded_step(iou_thres: float, max_det: int, record: Callable[[Step], Step]) -> RecordedStep:
+    """What ``record``, utils.cuda_graphs.CudaGraphs, makes of :func:`block_step` for these thresholds."""
+    return RecordedStep(iou_thres, max_det, record(partial(block_step, iou_thres=iou_thres, max_det=max_det)))
 
 
 def suppress(
@@ -44,21 +55,22 @@ def suppress(
     iou_thres: float,
     most: int,
     max_det: int,
-    step: Step | None = None,
+    recorded: RecordedStep | None = None,
 ) -> list[Tensor]:
     """Indices of the boxes that stay, one tensor an image, at most ``max_det`` each, in the order given.
 
     ``boxes`` (k, 4) float32 corners, best first within an image; ``classes`` (k,), boxes of different ones do not meet
     (None: all do); ``images`` (k,) int64, the image of each, ascending, below ``count``. Boxes that overlap by more
-    than ``iou_thres`` suppress each other; no more than the ``most`` best of an image take part. ``step``: that of
-    :func:`step_of`, as a CUDA graph, for example; blocks are of one size then.
+    than ``iou_thres`` suppress each other; no more than the ``most`` best of an image take part. Raises ValueError for
+    a ``recorded`` step of other thresholds.
     """
+    if recorded and (recorded.iou_thres, recorded.max_det) != (iou_thres, max_det):
+        raise ValueError(f"recorded for {recorded.iou_thres}, {recorded.max_det}, not {iou_thres}, {max_det}")
     starts = torch.searchsorted(images, torch.arange(count + 1, device=images.device))
     starts, ends = starts[:-1], torch.minimum(starts[1:], starts[:-1] + most)
     longest = int((ends - starts).max()) if count else 0
-    size = BLOCK if step else min(longest, BLOCK)
-    portion = max(1, MOST_PAIRS // max(size * (size + max_det * (longest > size)), 1))
-    step = step or step_of(iou_thres, max_det)
+    size = BLOCK if recorded else min(longest, BLOCK)
+    portion = max(1, MOST_PAIRS // max(size * (size + min(max_det, longest - size)), 1))
     kept: list[Tensor] = []
     for first in range(0, count if longest else 0, portion):
         part = slice(first, first + portion)
@@ -68,10 +80,10 @@ def suppress(
         candidates = boxes[place]
         if classes is not None:
             candidates = apart(candidates, classes[place], valid)
-        rounds, found = ROUNDS, _blocks(candidates, valid, size, step, max_det)
+        rounds, found = ROUNDS, _blocks(candidates, valid, size, iou_thres, max_det, ROUNDS, recorded)
         while found is None:
-            rounds *= 8
-            found = _blocks(candidates, valid, size, step_of(iou_thres, max_det, rounds), max_det)
+            rounds *= 4
+            found = _blocks(candidates, valid, size, iou_thres, max_det, rounds)
         staying, counts = found
         kept += place[staying].split(counts)
     return kept or [starts.new_zeros(0)] * count
@@ -85,16 +97,26 @@ def apart(boxes: Tensor, classes: Tensor, valid: Tensor) -> Tensor:
     return boxes + (classes * (high - low).clamp(min=CLASS_OFFSET))[..., None]
 
 
-def _blocks(candidates: Tensor, valid: Tensor, size: int, step: Step, max_det: int) -> tuple[Tensor, list[int]] | None:
-    """Which of some images' candidates stay, (B, K) bool, and how many of each; None if a block needs more rounds than
-    ``step`` has."""
+def _blocks(
+    candidates: Tensor,
+    valid: Tensor,
+    size: int,
+    iou_thres: float,
+    max_det: int,
+    rounds: int,
+    recorded: RecordedStep | None = None,
+) -> tuple[Tensor, list[int]] | None:
+    """Which of some images' candidates stay, (B, K) bool, and how many of each; None if a block needs more ``rounds``,
+    in a recorded step ROUNDS."""
+    step = recorded.run if recorded else partial(block_step, iou_thres=iou_thres, max_det=max_det, rounds=rounds)
     images, length = valid.shape
-    kept = candidates.new_zeros(images, max_det + 1 if length > size else 0, 4)
+    kept = candidates.new_zeros(images, (max_det if recorded else min(max_det, length)) + 1, 4)
     count, final = torch.zeros((images, 1), dtype=torch.long, device=valid.device), valid.new_ones(())
     staying = torch.zeros_like(valid)
     for number, begin in enumerate(range(0, length, size), 1):
         here = slice(begin, begin + size)
-        stays, kept, count, final = step(kept, count, final, candidates[:, here], valid[:, here])
+        seen = {} if recorded else {"seen": min(begin, max_det)}
+        stays, kept, count, final = step(kept, count, final, candidates[:, here], valid[:, here], **seen)
         staying[:, here] = stays
         if number % LOOK == 0 and here.stop < length:
             enough = (count >= max_det) | ~valid[:, here.stop, None]
@@ -113,23 +135,24 @@ def block_step(
     *,
     iou_thres: float,
     max_det: int,
-    rounds: int,
+    rounds: int = ROUNDS,
+    seen: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One block of candidates meets those kept so far and one another.
 
-    ``kept`` (B, max_det + 1, 4) corners of those kept, then zeros, or (B, 0, 4) if there is but one block; ``count``
-    (B, 1) int64, how many; ``final`` () bool, whether all blocks so far had rounds enough; ``block`` (B, K, 4), best
-    first, of which those not ``valid`` (B, K) neither stay nor suppress. Returns which of the block stay, (B, K) bool,
+    ``kept`` (B, M + 1, 4) corners of those kept, then zeros, room for all that can be kept and one more, of which the
+    first ``seen`` may be taken by now (None: all); ``count`` (B, 1) int64, how many are; ``final`` () bool, whether all
+    blocks so far had ``rounds`` enough; ``block`` (B, K, 4), best first, of which those not ``valid`` (B, K) neither
+    stay nor suppress. Returns which of the block stay, (B, K) bool,
     no more than ``max_det`` of an image in all, and ``kept``, ``count`` and ``final``, which are changed in place. All
     of it has the same shapes every time and nothing waits for the device, so that it can be recorded.
     """
-    stays, settled = greedy(kept, block, valid, iou_thres, rounds)
+    stays, settled = greedy(kept[:, :seen], block, valid, iou_thres, rounds)
     place = count + stays.cumsum(1)
     stays = stays & (place <= max_det)
-    if kept.shape[1]:
-        slot = torch.where(stays, place - 1, max_det)[..., None].expand_as(block)
-        kept.scatter_(1, slot, block)
-        kept[:, max_det:] = 0
+    last = kept.shape[1] - 1  # takes those that do not stay, and is cleared
+    kept.scatter_(1, torch.where(stays, place - 1, last)[..., None].expand_as(block), block)
+    kept[:, last:] = 0
     torch.clamp(place[:, -1:], max=max_det, out=count)
     return stays, kept, count, final.logical_and_(settled)
 
@@ -159,7 +182,14 @@ def _overlaps(boxes: Tensor, first: int, iou_thres: float) -> Tensor:
     area = _area(boxes[..., 2:] - boxes[..., :2])
     inter = _area(torch.minimum(high, others[..., 2:]).sub_(torch.maximum(low, others[..., :2])).clamp_(min=0))
     union = (area[:, :, None] + area[:, None, first:]).sub_(inter)
-    return inter.div_(union) > iou_thres
+    return inter.div_(union) > _as_float32(iou_thres)
+
+
+def _as_float32(threshold: float) -> float:
+    """The largest float32 number not above it: what exceeds it exceeds the threshold. torchvision compares with the
+    number itself, and a torch comparison would round it."""
+    rounded = np.float32(threshold)
+    return float(np.nextafter(rounded, np.float32(-1)) if rounded > threshold else rounded)
 
 
 def _area(sides: Tensor) -> Tensor:

@@ -111,7 +111,9 @@ class Evaluation:
         except ImportError:
             raise MissingPackage("COCO AP", "faster-coco-eval") from None
         # Both libraries want whole numbers above 0 for images and take annotation id 0 for "unmatched".
-        listed = dict.fromkeys(image["id"] for image in truth["images"])
+        listed = list(dict.fromkeys(image["id"] for image in truth["images"]))
+        if all(isinstance(image_id, int) for image_id in listed):
+            listed.sort()  # pycocotools' order, which decides among equal scores
         number = {image_id: index for index, image_id in enumerate(listed, 1)}
         image = np.array([number.get(i, 0) for i in ids], np.int64)[detections.image]
         kinds = np.array(sorted({category["id"] for category in truth["categories"]}), np.int64)

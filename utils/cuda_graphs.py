@@ -39,9 +39,15 @@ class CudaGraphs:
     """
 
     def __init__(
-        self, function: Callable[..., Any], record: Callable[..., Replay] | None = None, record_at: int = RECORD_AT
+        self,
+        function: Callable[..., Any],
+        record: Callable[..., Replay] | None = None,
+        record_at: int = RECORD_AT,
+        what: str = "this model",
     ) -> None:
+        """``what``: the function's name in that warning."""
         self._function, self._record, self._record_at = function, record or CudaRecorder(), record_at
+        self._what = what
         self._graphs: OrderedDict[Hashable, Replay] = OrderedDict()
         self._met: Counter[Hashable] = Counter()
         self._enabled = True
@@ -68,9 +74,11 @@ class CudaGraphs:
             self._graphs.popitem(last=False)
         try:
             self._graphs[key] = self._record(self._function, *tensors)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
-            LOGGER.warning(f"CUDA graphs: this model cannot be recorded and is launched as usual ({reason})")
+            LOGGER.warning(f"CUDA graphs: {self._what} cannot be recorded and is launched as usual ({reason})")
             self._enabled = False
             self._graphs.clear()
             return None
@@ -82,14 +90,17 @@ class CudaRecorder:
 
     def __init__(self) -> None:
         self._pool: tuple[int, int] | None = None
+        self._stream: torch.cuda.Stream | None = None
 
     def __call__(self, function: Callable[..., Any], *tensors: Tensor) -> Replay:
         """Nothing runs yet. Raises RuntimeError (torch's) for what a graph cannot hold, as waiting for the device."""
         with torch.cuda.device(tensors[0].device), torch.inference_mode(False), torch.no_grad():
             if self._pool is None:
                 self._pool = torch.cuda.graph_pool_handle()
+                # kernels keep the priority of the stream they are recorded on, whichever a graph is replayed on
+                self._stream = torch.cuda.Stream(priority=torch.cuda.current_stream().priority)
             held, graph = [tensor.clone() for tensor in tensors], torch.cuda.CUDAGraph()
-            with recording(graph, self._pool):
+            with recording(graph, self._pool, self._stream):
                 output = function(*held)
 
         def replay(*tensors: Tensor) -> Any:

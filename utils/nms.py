@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from utils.batched_nms import Step, apart, suppress
+from utils.batched_nms import RecordedStep, apart, suppress
 from utils.boxes import cxcywh_to_xyxy
 from utils.config import check_thresholds
 
@@ -33,7 +33,7 @@ def non_max_suppression(
     multi_label: bool = False,
     max_det: int = 300,
     labels: Sequence[Tensor] = (),
-    step: Step | None = None,
+    recorded: RecordedStep | None = None,
 ) -> list[Tensor]:
     """Greedy NMS, image by image.
 
@@ -42,7 +42,7 @@ def non_max_suppression(
     ``multi_label`` keeps a box once for every class that exceeds it, otherwise only in its best class.
     ``classes`` keeps only these; ``agnostic`` lets boxes of different classes suppress each other.
     ``labels``: one (m, 5) tensor an image, class, cx, cy, w, h in network pixels, that join as certain detections.
-    ``step``: what a GPU does block by block, made by :func:`utils.batched_nms.step_of` with the same thresholds.
+    ``recorded``: what a GPU does block by block, for the same thresholds.
 
     Returns a list over B of (n, 6) float32, n <= ``max_det``: x1, y1, x2, y2 in network pixels, score, class, by
     falling score; on the device of ``pred``, or on the CPU for few boxes of one image. Rows with non-finite boxes or
@@ -56,7 +56,7 @@ def non_max_suppression(
             if len(rows) <= FEW:
                 candidates, _ = _candidates(rows.cpu(), conf_thres, multi_label, classes)
                 return [_suppress(candidates, iou_thres, agnostic, max_det)]
-        return _all_at_once(pred, conf_thres, iou_thres, classes, agnostic, multi_label, max_det, labels, step)
+        return _all_at_once(pred, conf_thres, iou_thres, classes, agnostic, multi_label, max_det, labels, recorded)
     found = []
     for index, rows in enumerate(pred):
         rows = rows[rows[:, 4] > conf_thres].float()
@@ -71,8 +71,10 @@ def _goes_at_once(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def _all_at_once(pred, conf_thres, iou_thres, classes, agnostic, multi_label, max_det, labels, step) -> list[Tensor]:
-    """The same for all images together: a GPU is waited for some ten times, not at every step of every image."""
+def _all_at_once(
+    pred, conf_thres, iou_thres, classes, agnostic, multi_label, max_det, labels, recorded
+) -> list[Tensor]:
+    """The same for all images together: a GPU is waited for some eight times, not at every step of every image."""
     alive = pred[..., 4] > conf_thres
     rows, images = pred[alive].float(), alive.nonzero()[:, 0]
     if len(labels):
@@ -85,7 +87,7 @@ def _all_at_once(pred, conf_thres, iou_thres, classes, agnostic, multi_label, ma
     order = order[images[order].argsort(stable=True)]
     candidates, images = candidates[order], images[order]
     classes = None if agnostic else candidates[:, 5]
-    kept = suppress(candidates[:, :4], classes, images, len(pred), iou_thres, MAX_CANDIDATES, max_det, step)
+    kept = suppress(candidates[:, :4], classes, images, len(pred), iou_thres, MAX_CANDIDATES, max_det, recorded)
     return list(candidates[torch.cat(kept)].split([len(indices) for indices in kept])) if kept else []
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import TypeVar
 
 import torch
@@ -30,8 +31,7 @@ class SideStream:
     """A stream of ``device`` for work on tensors that its usual stream makes."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._stream = torch.cuda.Stream(device, priority=-1)  # its kernels are small and waited for
+        self._device, self._stream = device, _stream(device)
 
     def mark(self) -> torch.cuda.Event:
         """All that has been launched so far."""
@@ -42,8 +42,15 @@ class SideStream:
         """What is launched in this block runs in the stream, once ``mark`` is done; it reads ``tensors``, whose memory
         is kept until then."""
         self._stream.wait_event(mark)
-        with torch.cuda.stream(self._stream):
-            yield
-        for tensor in tensors:
-            if tensor.is_cuda:  # what an exported file gives may be on the CPU
+        try:
+            with torch.cuda.stream(self._stream):
+                yield
+        finally:
+            for tensor in tensors:
                 tensor.record_stream(self._stream)
+
+
+@cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """One a device: memory that one stream has given back serves no other."""
+    return torch.cuda.Stream(device, priority=-1)  # its kernels are small and waited for

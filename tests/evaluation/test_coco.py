@@ -61,6 +61,20 @@ def test_text_ids_and_unknown_images():
     assert evaluate_coco(truth, found, ids) == evaluate_coco(without, others[others.image != 0])
 
 
+def test_images_in_any_order_and_equal_scores():
+    """Among equal scores the image with the lower id comes first, as in pycocotools."""
+    rng = np.random.default_rng(1)
+    ids = rng.permutation(40).tolist()
+    labels = [np.array([[0, 10, 10, 50, 50]], float)] * 40
+    found = [np.array([[10, 10, 50, 50, score, 0]]) + rng.normal(0, 3, (1, 6)) * ([1] * 4 + [0] * 2) for score in
+             rng.choice([0.3, 0.6, 0.9], 40)]  # fmt: skip
+    found[::3] = [rows + [40, 40, 40, 40, 0, 0] for rows in found[::3]]
+    truth = ground_truth(ids, [(200, 200)] * 40, labels, {0: "a"}, (0,))
+    detections = Detections.of(found, (0,))
+    expected = by_pycocotools(truth, detections.entries(ids))
+    np.testing.assert_allclose(list(evaluate_coco(truth, detections, ids).values()), expected, atol=1e-12)
+
+
 def test_an_image_listed_twice_counts_once():
     truth, found = bccd_as_coco(range(87))
     twice = {**truth, "images": [truth["images"][0], *truth["images"]]}

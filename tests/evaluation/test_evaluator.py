@@ -12,7 +12,7 @@ from engine import evaluator
 from engine.eval_outputs import BatchPictures, CocoCollector, LabelWriter, save_curves
 from engine.evaluator import CPU_CHUNK, evaluate
 from utils.cuda_graphs import CudaGraphs
-from utils.errors import ConfigError
+from utils.errors import ConfigError, ResourceError
 from utils.loss import LossParts
 
 NAMES = {0: "a", 1: "b"}
@@ -173,6 +173,13 @@ def test_files_of_an_evaluation(tmp_path):
     assert coco.stats()["AP"] == pytest.approx(1.0)
     pictures = {f"{name}.png" for name in ("PR_curve", "F1_curve", "P_curve", "R_curve", "confusion_matrix")}
     assert pictures | {"val_batch0_labels.jpg", "val_batch0_pred.jpg"} <= {f.name for f in tmp_path.iterdir()}
+
+
+def test_a_picture_that_cannot_be_written_is_told_when_it_is_waited_for(tmp_path):
+    pictures = BatchPictures(tmp_path / "missing", NAMES)
+    assert run(Oracle(), [make_batch(1)] * 5, observers=[pictures]).map50 == pytest.approx(0.995)
+    with pytest.raises(ResourceError, match="val_batch0_labels.jpg"):
+        pictures.close()
 
 
 @pytest.mark.gpu

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from torchvision.ops import batched_nms
 
 from utils import batched_nms as at_once_module
 from utils import nms as nms_module
-from utils.batched_nms import step_of
+from utils.batched_nms import recorded_step
 from utils.cuda_graphs import CudaGraphs
 from utils.errors import ConfigError
 from utils.nms import non_max_suppression
@@ -159,18 +160,49 @@ def test_steps_in_a_graph_find_the_same(way, monkeypatch):
     """Several batches through a graph of each size; a long chain takes more rounds than it has."""
     monkeypatch.setattr(at_once_module, "BLOCK", 32)
     monkeypatch.setattr(at_once_module, "LOOK", 2)
-    generator, graphs = torch.Generator().manual_seed(3), CudaGraphs(step_of(0.4, 30), like_a_graph, record_at=2)
+    generator = torch.Generator().manual_seed(3)
+    step = recorded_step(0.4, 30, partial(CudaGraphs, record=like_a_graph, record_at=2))
     batches = [torch.rand(count, 300, 8, generator=generator) for count in (3, 3, 2, 3, 2)]
     for pred in batches:
         pred[..., :4] *= 120
         pred[0, 200:, 4] = 0
     for pred in (*batches, chain(101)[None].repeat(3, 1, 1)):
         settings = dict(conf_thres=0.1, iou_thres=0.4, max_det=30, multi_label=True)
-        for mine, plain in zip(
-            non_max_suppression(pred, **settings, step=graphs), non_max_suppression(pred, **settings)
-        ):
+        by_graph, launched = (non_max_suppression(pred, **settings, recorded=way) for way in (step, None))
+        for mine, plain in zip(by_graph, launched, strict=True):
             assert torch.equal(mine, plain) and len(mine)
-    assert way == "image by image" or len(graphs._graphs) == 2
+    assert way == "image by image" or len(step.run._graphs) == 2
+
+
+def test_a_step_of_other_thresholds_is_refused(way):
+    pred = torch.rand(2, 50, 8)
+    for iou_thres, max_det in ((0.5, 30), (0.4, 10)):
+        step = recorded_step(iou_thres, max_det, lambda step: step)
+        if way == "at once":
+            with pytest.raises(ValueError, match=f"recorded for {iou_thres}, {max_det}, not 0.4, 30"):
+                non_max_suppression(pred, 0.1, 0.4, max_det=30, recorded=step)
+
+
+def test_no_limit_on_detections_takes_no_more_memory():
+    pred = torch.rand(2, 900, 7, generator=torch.Generator().manual_seed(4))
+    pred[..., :2] *= 3000
+    unlimited = non_max_suppression(pred, 0.01, 0.5, max_det=10**9)
+    assert all(map(torch.equal, unlimited, non_max_suppression(pred, 0.01, 0.5, max_det=900)))
+    assert min(map(len, unlimited)) > 300
+
+
+@pytest.mark.parametrize("iou_thres", [0.6, 0.7, 0.5, 0.3])
+def test_an_overlap_that_is_the_threshold_does_not_suppress(iou_thres):
+    """As torchvision has it, which does not round the threshold to float32: 6 / 10 in float32 is above 0.6."""
+    long, short = torch.tensor([5.0, 5, 10, 1]), torch.tensor([5.0, 5, 10 * iou_thres, 1])
+    rows = torch.cat((torch.stack((long, short)), torch.tensor([[0.9, 1, 0], [0.8, 1, 0]])), 1)
+    with_torchvision = batched_nms(corners(rows), rows[:, 4], torch.zeros(2), iou_thres)
+    (out,) = non_max_suppression(rows[None], 0.1, iou_thres)
+    assert len(out) == len(with_torchvision)
+
+
+def corners(rows):
+    return torch.cat((rows[:, :2] - rows[:, 2:4] / 2, rows[:, :2] + rows[:, 2:4] / 2), 1)
 
 
 def test_half_precision_input_gives_float32():

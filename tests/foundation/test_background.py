@@ -57,6 +57,18 @@ def test_what_is_fetched_is_the_same(device: str, most: int, monkeypatch: pytest
         assert copy.dtype == tensor.dtype and torch.equal(copy, tensor.detach().cpu()) and not copy.requires_grad
 
 
+def test_without_memory_to_join_them_in_they_are_fetched_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(tensors: list) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    given = mixed("cpu")
+    monkeypatch.setattr(torch, "cat", full)
+    copies = fetch(given)
+    assert all(torch.equal(copy, tensor) for copy, tensor in zip(copies, given, strict=True))
+    given[0].fill_(7)
+    assert not torch.equal(copies[0], given[0])
+
+
 @pytest.mark.gpu
 def test_tensors_of_a_gpu_are_held() -> None:
     cuda, cpu = mixed("cuda"), mixed("cpu")

@@ -92,6 +92,15 @@ def test_a_model_that_cannot_be_recorded_goes_on(caplog: pytest.LogCaptureFixtur
     assert "launched as usual (operation not permitted when stream is capturing)" in record.message
 
 
+def test_memory_that_runs_out_while_recording_is_no_obstacle_of_the_model() -> None:
+    def full(model: nn.Module, images: Tensor) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    graphs = CudaGraphs(Doubles(), full, record_at=1)
+    with pytest.raises(torch.OutOfMemoryError):
+        graphs(torch.ones(1, 3, 4, 4))
+
+
 def test_where_graphs_are_used() -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda", 0)
     assert graphs_allowed("auto", cuda) and graphs_allowed("on", cuda) and not graphs_allowed("off", cuda)

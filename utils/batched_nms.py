@@ -143,9 +143,9 @@ def block_step(
     ``kept`` (B, M + 1, 4) corners of those kept, then zeros, room for all that can be kept and one more, of which the
     first ``seen`` may be taken by now (None: all); ``count`` (B, 1) int64, how many are; ``final`` () bool, whether all
     blocks so far had ``rounds`` enough; ``block`` (B, K, 4), best first, of which those not ``valid`` (B, K) neither
-    stay nor suppress. Returns which of the block stay, (B, K) bool,
-    no more than ``max_det`` of an image in all, and ``kept``, ``count`` and ``final``, which are changed in place. All
-    of it has the same shapes every time and nothing waits for the device, so that it can be recorded.
+    stay nor suppress. Returns which of the block stay, (B, K) bool, no more than ``max_det`` of an image in all, and
+    ``kept``, ``count`` and ``final``, which are changed in place. All of it has the same shapes every time and nothing
+    waits for the device, so that it can be recorded.
     """
     stays, settled = greedy(kept[:, :seen], block, valid, iou_thres, rounds)
     place = count + stays.cumsum(1)
@@ -189,7 +189,7 @@ def _as_float32(threshold: float) -> float:
     """The largest float32 number not above it: what exceeds it exceeds the threshold. torchvision compares with the
     number itself, and a torch comparison would round it."""
     rounded = np.float32(threshold)
-    return float(np.nextafter(rounded, np.float32(-1)) if rounded > threshold else rounded)
+    return float(np.nextafter(rounded, np.float32(-1)) if float(rounded) > threshold else rounded)
 
 
 def _area(sides: Tensor) -> Tensor:

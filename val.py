@@ -311,7 +311,7 @@ def one_pass(
         prefix=split_of(args),
     )
     # processes that live on are not waited for at the end of the pass, and with one epoch load no more than it
-    loader = create_dataloader(dataset, args.batch_size, workers=args.workers)
+    loader = create_dataloader(dataset, args.batch_size, workers=args.workers, patient=False)
     loader.batch_sampler.epochs = 1
     shapes = [imgsz] * len(loader) if dataset.batch_shapes is None else map(tuple, dataset.batch_shapes.tolist())
     most_alike = max(Counter(shapes).values(), default=0)

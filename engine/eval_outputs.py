@@ -109,13 +109,14 @@ class CocoCollector:
 
 class BatchPictures:
     """Has the first batches drawn, in the background: folder/val_batch0_labels.jpg and val_batch0_pred.jpg, then 1
-    and 2. Call :meth:`close` afterwards."""
+    and 2. Call :meth:`close` afterwards. A picture that cannot be written is told with a later batch or by it."""
 
     def __init__(self, folder: Path, names: Mapping[int, str], batches: int = 3) -> None:
         self.folder, self.names, self.batches, self._seen = folder, names, batches, 0
         self._background = Background()
 
     def __call__(self, batch: Batch, detections: Sequence[Tensor], results: Sequence[ImageResult]) -> None:
+        self._background.check()
         if self._seen < self.batches:
             self._background(partial(self._draw, self._seen, batch, detections))  # nobody changes them: no copies
         self._seen += 1

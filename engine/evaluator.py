@@ -127,6 +127,7 @@ def evaluate(
                         recorded=recorded,
                     )
                 detections = _to_cpu(detections)
+            background.check()  # what ends the pass ends it now
             # nobody else has them, so that they need no copies
             later(partial(_take_note, batch, detections, single_cls, tally, times, observers))
         background.wait()

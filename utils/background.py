@@ -94,6 +94,11 @@ class Background:
             except BaseException as error:  # whatever it is, it belongs to who waits
                 self._error = error
 
+    def check(self) -> None:
+        """Raise what one of them has raised by now."""
+        if self._error is not None:
+            raise self._error
+
     def wait(self) -> None:
         """Until all is done."""
         while self._pending:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import count, islice
 
 import cv2
@@ -280,15 +282,17 @@ def create_dataloader(
     seed: int = 0,
     quad: bool = False,
     persistent: bool = True,
+    patient: bool = True,
     finish_on: torch.device | None = None,
 ) -> DetectionLoader:
     """This process's batches of a data set.
 
-    ``workers`` is cut to the cores of this process's share and to the batch size. A training set (``augment``) is
-    shared out evenly, an evaluation set exactly. A rectangular set keeps its own order and batch size. ``quad``
-    joins four images into one (drops the last, incomplete batch). ``persistent`` processes live for all epochs and load
-    ahead into the next one. ``finish_on``: colours and mirrors of training images are left to this device; batches come
-    with their images there (not with ``quad``, which joins finished images).
+    ``workers`` is cut to the cores of this process's share and to the batch size; a process that may have no children
+    loads by itself. A training set (``augment``) is shared out evenly, an evaluation set exactly. A rectangular set
+    keeps its own order and batch size. ``quad`` joins four images into one (drops the last, incomplete batch).
+    ``persistent`` processes live for all epochs and load ahead into the next one; ``patient`` ones stay after a first
+    SIGTERM, for what a training has to finish. ``finish_on``: colours and mirrors of training images are left to this
+    device; batches come with their images there (not with ``quad``, which joins finished images).
     """
     batch_size = max(1, min(batch_size, len(dataset)))
     if dataset.rect:
@@ -303,6 +307,7 @@ def create_dataloader(
         even=dataset.augment,
     )
     processes = min(workers, max(available_cores() // world.sharers, 1), batch_size if batch_size > 1 else 0)
+    processes = 0 if multiprocessing.current_process().daemon else processes
     persistent = persistent and processes > 0
     # only processes that live on use their blocks again; quads are joined in new memory
     dataset.memory = BatchMemory(processes) if dataset.augment and persistent and not quad else None
@@ -313,7 +318,7 @@ def create_dataloader(
         num_workers=processes,
         collate_fn=collate_quad if quad else collate,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_start_worker,
+        worker_init_fn=partial(_start_worker, patient),
         persistent_workers=persistent,
         generator=torch.Generator().manual_seed(seed),  # leaves the global generator alone
     )
@@ -335,9 +340,10 @@ def _keep_freed_memory() -> None:
         pass
 
 
-def _start_worker(_: int) -> None:
+def _start_worker(patient: bool, _: int) -> None:
     """One core each: many processes with many threads only get in each other's way. And no end before its time."""
-    outlive_first_sigterm()
+    if patient:
+        outlive_first_sigterm()
     _keep_freed_memory()
     cv2.setNumThreads(0)
     torch.set_num_threads(1)

@@ -89,6 +89,7 @@ _OS_HINTS = {
     errno.EROFS: "the file system is read-only: choose another --project folder",
     errno.EACCES: "permission denied: choose a folder you may write to (--project)",
     errno.EPERM: "not permitted: choose a folder you may write to (--project)",
+    errno.ENOENT: "it or its folder is not there any more: was it removed during the run?",
     errno.ENAMETOOLONG: "the name is longer than the file system allows",
     errno.ELOOP: "symbolic links lead in a circle",
 }

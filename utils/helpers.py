@@ -48,13 +48,18 @@ class Helpers(AbstractContextManager):
         """``prepare``: functions that they call while the program is still starting."""
         self.count = helper_count(cores)
         context = SpawnContext()
-        context.Process = _Helper
+        self._processes: list[_Helper] = []
+        context.Process = self._process
         self._closed = False
         self._pool = ProcessPoolExecutor(self.count, context, initializer=_begin, initargs=(os.getcwd(), prepare))
         for _ in range(self.count):
             self._pool.submit(int)  # nothing to do, but a process starts for each
         self._drawn: list[Future] = []
         self._lost = False
+
+    def _process(self, *arguments: Any, **keywords: Any) -> _Helper:
+        self._processes.append(_Helper(*arguments, **keywords))
+        return self._processes[-1]
 
     def draw(self, name: str, *arguments: Any) -> None:
         """Have ``curves.<name>(*arguments)`` done. The arguments are pickled: plain data, paths and arrays."""
@@ -99,9 +104,8 @@ class Helpers(AbstractContextManager):
             if kind is None:
                 self.close()
         finally:  # if the run has failed or Ctrl-C came, nobody waits for pictures
-            for process in multiprocessing.active_children():
-                if isinstance(process, _Helper):
-                    process.kill()
+            for process in self._processes:
+                process.kill()
             self._pool.shutdown(cancel_futures=True)
 
 

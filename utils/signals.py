@@ -122,7 +122,8 @@ def outlive_first_sigterm() -> None:
 
 @contextmanager
 def interrupts_deferred() -> Iterator[None]:
-    """Hold Ctrl-C back until the end of the block, in which processes are forked; they will not hear it at all.
+    """Hold Ctrl-C, SIGTERM and SIGHUP back until the end of the block, in which processes are forked; these end with
+    SIGTERM and SIGHUP and will not hear Ctrl-C at all.
 
     In the middle of a fork KeyboardInterrupt is lost (Python ignores exceptions of its at-fork hooks) or kills a
     process with a traceback; afterwards the parent ends its processes itself.
@@ -130,11 +131,19 @@ def interrupts_deferred() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    came: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    came, owner = [], os.getpid()
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        if os.getpid() == owner:
+            came.append(number)
+        elif number != signal.SIGINT:
+            os._exit(128 + number)
+
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, *_terminators())}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
-    if came:
-        raise KeyboardInterrupt
+        for number, old in before.items():
+            signal.signal(number, old)
+    for number in came:
+        signal.raise_signal(number)

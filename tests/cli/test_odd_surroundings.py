@@ -19,7 +19,7 @@ import val
 from utils.checkpoint import save_checkpoint
 from utils.errors import ResourceError, explain_memory_error, is_installed, run_cli
 from utils.plots import write_image
-from utils.signals import interrupts_deferred
+from utils.signals import interrupts_deferred, sigterm_as_interrupt
 
 
 @pytest.fixture
@@ -155,15 +155,29 @@ def test_resume_with_a_damaged_opt_yaml_names_the_line(trained: Path, train_cli,
     assert status == 2 and f"{options}:2: {line.split(':')[0]}: " in err and err.count("\n") == 1
 
 
-def test_ctrl_c_waits_until_processes_are_started() -> None:
-    steps = []
-    with pytest.raises(KeyboardInterrupt):
-        with interrupts_deferred():
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signals_wait_until_processes_are_started(number: int) -> None:
+    steps, before = [], signal.getsignal(number)
+    with sigterm_as_interrupt() as came:
+        with pytest.raises(KeyboardInterrupt):
+            with interrupts_deferred():
+                os.kill(os.getpid(), number)
+                time.sleep(0.01)
+                steps.append("started")
+    assert steps == ["started"] and came.number == (0 if number == signal.SIGINT else number)
+    assert signal.getsignal(number) is before
+
+
+def test_processes_being_started_end_with_sigterm_and_do_not_hear_ctrl_c() -> None:
+    with interrupts_deferred():
+        child = os.fork()
+        if not child:
             os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(0.01)
-            steps.append("started")
-    assert steps == ["started"]
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGTERM
 
 
 def test_ctrl_c_while_saving_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch) -> None:

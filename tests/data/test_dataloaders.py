@@ -134,6 +134,25 @@ def test_what_is_begun_beforehand_is_the_epoch_asked_for(data: DetectionDataset,
     create_dataloader(data, 2, workers=workers).begin()  # never iterated: ends with the loader
 
 
+@pytest.mark.parametrize("patient", [False, True])
+def test_only_a_training_has_its_processes_stay_after_a_sigterm(data: DetectionDataset, patient: bool) -> None:
+    """An evaluation that failed waited half a minute for them."""
+    before = set(multiprocessing.active_children())
+    loader = create_dataloader(data, 2, workers=1 + patient, patient=patient)
+    next(iter(loader))  # they are at work
+    process = (set(multiprocessing.active_children()) - before).pop()
+    torch._C._remove_worker_pids(id(loader._stream))  # or torch raises for one that ends
+    process.terminate()
+    process.join(0.5 if patient else 10)
+    assert process.is_alive() == patient
+    process.kill()
+
+
+def test_a_process_that_may_have_no_children_loads_by_itself(data: DetectionDataset, monkeypatch) -> None:
+    monkeypatch.setitem(multiprocessing.current_process()._config, "daemon", True)
+    assert create_dataloader(data, 2, workers=2).num_workers == 0
+
+
 def test_image_weights_draw_the_wanted_images() -> None:
     sampler = EpochSampler(4, shuffle=True, seed=0)
     sampler.weights = np.array([0, 1, 3, 0])

@@ -177,9 +177,23 @@ def test_files_of_an_evaluation(tmp_path):
 
 def test_a_picture_that_cannot_be_written_is_told_when_it_is_waited_for(tmp_path):
     pictures = BatchPictures(tmp_path / "missing", NAMES)
-    assert run(Oracle(), [make_batch(1)] * 5, observers=[pictures]).map50 == pytest.approx(0.995)
+    assert run(Oracle(), [make_batch(1)], observers=[pictures]).map50 == pytest.approx(0.995)
     with pytest.raises(ResourceError, match="val_batch0_labels.jpg"):
         pictures.close()
+
+
+def test_a_picture_that_cannot_be_written_ends_a_long_pass(tmp_path):
+    pictures, oracle = BatchPictures(tmp_path / "missing", NAMES), Oracle()
+
+    def batches():
+        for number in range(1000):
+            yield make_batch(1, number)
+            if pictures._background._pending:
+                pictures._background._pending[0].result()
+
+    with pytest.raises(ResourceError, match="val_batch0_labels.jpg"):
+        run(oracle, batches(), observers=[pictures])
+    assert len(oracle.calls) < 20
 
 
 @pytest.mark.gpu

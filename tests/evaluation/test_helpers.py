@@ -66,6 +66,15 @@ def test_a_helper_that_was_killed(tmp_path: Path, idle: bool) -> None:
         helpers.close()
 
 
+def test_the_end_of_some_leaves_others_alone(tmp_path: Path) -> None:
+    """Two runs in two threads of a program."""
+    with Helpers(cores=1) as others:
+        with Helpers(cores=1) as helpers:
+            helpers.draw("plot_labels", LABELS, NAMES, tmp_path / "own.png")
+        others.draw("plot_labels", LABELS, NAMES, tmp_path / "others.png")
+    assert (tmp_path / "own.png").is_file() and (tmp_path / "others.png").is_file()
+
+
 def test_results_and_errors_reach_who_asks_for_them() -> None:
     with Helpers(cores=8) as helpers:
         asked = [helpers.begin(divmod, number, 3) for number in range(9)]

@@ -105,7 +105,8 @@ class Helpers(AbstractContextManager):
                 self.close()
         finally:  # if the run has failed or Ctrl-C came, nobody waits for pictures
             for process in self._processes:
-                process.kill()
+                if process.pid:  # it was started
+                    process.kill()
             self._pool.shutdown(cancel_futures=True)
 
 

@@ -27,9 +27,11 @@ def match_predictions(
     differs: there each detection, by confidence, takes the best label that is still free.)
     """
     best_iou, best_label = best_labels(detections, labels)
+    thresholds = np.asarray(thresholds, np.float32)
     correct = np.zeros((len(best_iou), len(thresholds)), bool)
-    order = np.argsort(best_label, kind="stable")  # label by label, by falling confidence within
-    able = best_iou[order, None] >= np.asarray(thresholds, np.float32)
+    order = np.flatnonzero(best_iou >= thresholds.min(initial=np.inf))  # others, most of them, reach none
+    order = order[np.argsort(best_label[order], kind="stable")]  # label by label, by falling confidence within
+    able = best_iou[order, None] >= thresholds
     so_far = able.cumsum(0)
     starts = np.searchsorted(best_label[order], best_label[order])  # where each one's label begins
     before = np.where(starts[:, None] > 0, so_far[starts - 1], 0)

@@ -45,28 +45,31 @@ def best_labels(
     """The label that each detection overlaps most, of its image and class, or with ``any_class`` of its image.
 
     Arguments as :func:`match_predictions`. Returns (N,) float32 IoU, -1 where there is no such label, and (N,) int64
-    the label's place among those of all images, one after another: the first of equals, anything where there is none.
+    the label's place among those of all images, one after another: the first of equals, the first of the image where
+    there is none of the class, 0 where there is none at all.
     """
-    counts, sizes = (np.array([len(rows) for rows in part], np.int64) for part in (detections, labels))
     found, given = joined(detections, 6), joined(labels, 5)
-    boxes, others = np.ascontiguousarray(found[:, :4].T), np.ascontiguousarray(given[:, 1:5].T)
-    classes, kinds = found[:, 5].copy(), given[:, 0].copy()
-    partners = np.repeat(sizes, counts)  # of each detection: so many labels, from this one on
-    begins = np.repeat(np.cumsum(sizes) - sizes, counts)
-    best, place = np.full(len(found), -1, np.float32), np.zeros(len(found), np.int64)
+    groups, others = image_of(detections), image_of(labels)
+    place = np.searchsorted(others, groups) * np.isin(groups, others)  # the first label of the image
+    if not any_class:
+        kinds = 1 + int(max(found[:, 5].max(initial=0), given[:, 0].max(initial=0)))
+        groups, others = groups * kinds + found[:, 5].astype(np.int64), others * kinds + given[:, 0].astype(np.int64)
+    order = np.argsort(others, kind="stable")  # labels of a group one after another, in their order
+    begins, ends = (np.searchsorted(others[order], groups, side) for side in ("left", "right"))
+    partners = ends - begins  # of each detection: so many labels, from this one on
+    boxes, truths = np.ascontiguousarray(found[:, :4].T), np.ascontiguousarray(given[order, 1:5].T)
+    best = np.full(len(found), -1, np.float32)
     for part in _portions(partners):
         row = np.repeat(np.arange(part.start, part.stop), partners[part])
         if not len(row):
             continue
-        ends = partners[part].cumsum()
-        column = np.arange(len(row)) + np.repeat(begins[part] - ends + partners[part], partners[part])
-        iou = paired_iou(boxes.take(row, 1), others.take(column, 1))  # take: a third of the time of [:, row]
-        if not any_class:
-            iou[classes.take(row) != kinds.take(column)] = -1
+        last = partners[part].cumsum()
+        column = np.arange(len(row)) + np.repeat(begins[part] - last + partners[part], partners[part])
+        iou = paired_iou(boxes.take(row, 1), truths.take(column, 1))  # take: a third of the time of [:, row]
         some = partners[part] > 0
-        best[part][some] = np.maximum.reduceat(iou, (ends - partners[part])[some])
+        best[part][some] = np.maximum.reduceat(iou, (last - partners[part])[some])
         hits = np.flatnonzero(iou == best.take(row))[::-1]
-        place[row[hits]] = column[hits]  # of several the one written last: the first
+        place[row[hits]] = order[column[hits]]  # of several the one written last: the first
     return best, place
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import multiprocessing
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -121,13 +120,13 @@ def measure(args: argparse.Namespace) -> Metrics:
 def helpers_of(args: argparse.Namespace) -> AbstractContextManager[Helpers | None]:
     """Processes that draw the curves and compute COCO's numbers, if the task has any and there are cores for them."""
     from utils.coco_ap import prepare_evaluation
+    from utils.cores import may_have_children
     from utils.curves import prepare_drawing
     from utils.helpers import Helpers, helper_count
 
     draws = not args.noplots and is_installed("matplotlib")
     counts = is_installed("faster_coco_eval") and helper_count() > 1
-    no_children = multiprocessing.current_process().daemon  # called by a process that may have none
-    if args.task in ("speed", "study") or not (draws or counts) or no_children:
+    if args.task in ("speed", "study") or not (draws or counts) or not may_have_children():
         return nullcontext()
     return Helpers(prepare=[prepare_drawing] * draws + [prepare_evaluation] * counts)
 

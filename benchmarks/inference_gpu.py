@@ -36,7 +36,7 @@ from benchmarks.report import cpu_name, heading, table
 from models.loading import load_model
 from utils.config import DataConfig
 from utils.device import describe_device, select_device
-from utils.errors import run_cli
+from utils.errors import SPINS, run_cli
 
 ROOT = Path(__file__).resolve().parents[1]
 UPSTREAM = {"val": 8.0, "detect --nosave": 11.7, "detect": 21.9}
@@ -71,7 +71,7 @@ def flags_of(what: str, weights: str, yaml: Path, graphs: str, device: str, fold
 def run(command: Sequence[str]) -> str:
     """What a process printed; SystemExit with its last words when it failed."""
     # what the scripts set before torch is loaded (utils.errors), as --inside has it loaded by then
-    env = {"GOMP_SPINCOUNT": "10000", **os.environ}
+    env = {SPINS[0]: SPINS[1], **os.environ}
     done = subprocess.run([sys.executable, *command], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(done.stderr[-2000:].rstrip())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,7 +17,7 @@ from torch.utils.data import DataLoader, Sampler, default_collate
 from utils.augmentations import Letterbox
 from utils.batch_memory import BatchMemory, Draws, Ticket
 from utils.console import LOGGER, plural
-from utils.cores import available_cores
+from utils.cores import available_cores, may_have_children
 from utils.dataset import DetectionDataset, Draw, Sample
 from utils.device_augment import finish_batch, pack
 from utils.dist import World
@@ -307,7 +306,7 @@ def create_dataloader(
         even=dataset.augment,
     )
     processes = min(workers, max(available_cores() // world.sharers, 1), batch_size if batch_size > 1 else 0)
-    processes = 0 if multiprocessing.current_process().daemon else processes
+    processes = processes if may_have_children() else 0
     persistent = persistent and processes > 0
     # only processes that live on use their blocks again; quads are joined in new memory
     dataset.memory = BatchMemory(processes) if dataset.augment and persistent and not quad else None

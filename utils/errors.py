@@ -159,6 +159,10 @@ def run_cli(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | N
         return _guarded(main, argv, terminated)
 
 
+SPINS = ("GOMP_SPINCOUNT", "10000")
+"""Setting of GNU's OpenMP: so often a thread that waits looks again before it sleeps."""
+
+
 def _share_the_cores() -> None:
     """Let torch's threads sleep soon where they wait for one another, if torch is not loaded yet.
 
@@ -167,7 +171,7 @@ def _share_the_cores() -> None:
     each, and 107 with this, where one alone takes 34 either way. A setting of the user's stays.
     """
     if "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+        os.environ.setdefault(*SPINS)
 
 
 def end_process(status: int) -> NoReturn:

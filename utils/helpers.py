@@ -45,7 +45,7 @@ class Helpers(AbstractContextManager):
     def __init__(
         self, cores: int | None = None, prepare: Sequence[Callable[[], None]] = (curves.prepare_drawing,)
     ) -> None:
-        """``prepare``: functions that they call while the program is still starting."""
+        """``prepare``: functions that they call first, while the program goes on."""
         self.count = helper_count(cores)
         context = SpawnContext()
         self._processes: list[_Helper] = []

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -55,11 +55,9 @@ def sigterm_as_interrupt() -> Iterator[Termination]:
     Processes forked inside end at once instead. Outside the main thread, where Python sets no handlers, nothing
     changes.
     """
-    came, owner = Termination(), os.getpid()
+    came = Termination()
 
-    def handler(number: int, frame: FrameType | None) -> None:
-        if os.getpid() != owner:
-            os._exit(128 + number)
+    def handler(number: int) -> None:
         came.number = number
         # torch's handler raises, wherever we are, for loader processes that the same SIGTERM has ended
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -74,11 +72,9 @@ def termination_noted(enabled: bool = True) -> Iterator[NotedTermination]:
     """Inside, the first SIGTERM or SIGHUP is only noted, for the block to look at, save and call ``end()``. A second
     one raises KeyboardInterrupt at once. ``enabled`` False: nothing changes."""
     before: dict[int, Any] = {}
-    noted, owner = NotedTermination(before), os.getpid()
+    noted = NotedTermination(before)
 
-    def handler(number: int, frame: FrameType | None) -> None:
-        if os.getpid() != owner:
-            os._exit(128 + number)
+    def handler(number: int) -> None:
         first = not noted.number
         noted.number = number
         if noted.at_once or not first:
@@ -93,12 +89,22 @@ def termination_noted(enabled: bool = True) -> Iterator[NotedTermination]:
 
 
 @contextmanager
-def _handled(handler: Any) -> Iterator[dict[int, Any]]:
-    """``handler`` for the signals that end a program; yields what it replaces."""
+def _handled(handler: Callable[[int], None], *also: int) -> Iterator[dict[int, Any]]:
+    """``handler`` for the signals that end a program and ``also`` these; yields what it replaces. Processes forked
+    inside end at once instead, and do not hear Ctrl-C if that is among them. Outside the main thread, where Python sets
+    no handlers, nothing changes."""
     if threading.current_thread() is not threading.main_thread():
         yield {}
         return
-    before = {number: signal.signal(number, handler) for number in _terminators()}
+    owner = os.getpid()
+
+    def in_owner(number: int, frame: FrameType | None) -> None:
+        if os.getpid() == owner:
+            handler(number)
+        elif number != signal.SIGINT:
+            os._exit(128 + number)
+
+    before = {number: signal.signal(number, in_owner) for number in (*also, *_terminators())}
     try:
         yield before
     finally:
@@ -128,22 +134,8 @@ def interrupts_deferred() -> Iterator[None]:
     In the middle of a fork KeyboardInterrupt is lost (Python ignores exceptions of its at-fork hooks) or kills a
     process with a traceback; afterwards the parent ends its processes itself.
     """
-    if threading.current_thread() is not threading.main_thread():
+    came: list[int] = []
+    with _handled(came.append, signal.SIGINT):
         yield
-        return
-    came, owner = [], os.getpid()
-
-    def handler(number: int, frame: FrameType | None) -> None:
-        if os.getpid() == owner:
-            came.append(number)
-        elif number != signal.SIGINT:
-            os._exit(128 + number)
-
-    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, *_terminators())}
-    try:
-        yield
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
     for number in came:
         signal.raise_signal(number)

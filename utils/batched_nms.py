@@ -167,10 +167,11 @@ def greedy(kept: Tensor, block: Tensor, valid: Tensor, iou_thres: float, rounds:
     overlap = _overlaps(torch.cat((kept, block), 1), earlier, iou_thres)
     if earlier:
         valid = valid & ~overlap[:, :earlier].any(1)
-    hidden_by = overlap[:, earlier:].tril(-1)  # [i, j]: j is better and overlaps i
+    eight = torch.int64 if block.shape[1] % 8 == 0 else torch.bool  # answers, of a byte each, looked at as one number
+    hidden_by = overlap[:, earlier:].tril(-1).view(eight)  # [i, j]: j is better and overlaps i
     stays = before = valid
     for _ in range(rounds):
-        before, stays = stays, valid & ~(hidden_by & stays[:, None]).any(2)
+        before, stays = stays, valid & ~(hidden_by & stays.view(eight)[:, None]).any(2)
     return stays, (stays == before).all()
 
 

@@ -138,7 +138,7 @@ def fill_described(checkpoint: Checkpoint) -> DetectionModel:
     Raises CheckpointError when it has no description or a faulty one, when weights are lacking, and when the modules in
     a file of YOLOv5 do not compute what those of this program do.
     """
-    model = build_described(checkpoint)
+    model = build_described(checkpoint, empty=True)
     unlike = _differences(model, checkpoint)
     if unlike:
         raise CheckpointError(f"{checkpoint.path}: its modules are not those of this program: {_first(unlike)}")
@@ -152,9 +152,10 @@ def fill_described(checkpoint: Checkpoint) -> DetectionModel:
 
 
 def build_described(
-    checkpoint: Checkpoint, nc: int | None = None, anchors: float | list | None = None
+    checkpoint: Checkpoint, nc: int | None = None, anchors: float | list | None = None, empty: bool = False
 ) -> DetectionModel:
-    """A new model from a checkpoint's own description; ``nc`` and ``anchors`` replace its entries.
+    """A new model from a checkpoint's own description; ``nc`` and ``anchors`` replace its entries. ``empty``: its
+    values are to be set, all of them.
 
     Raises CheckpointError, naming the file, for a description that is missing, faulty or of a far larger model than the
     file has weights for.
@@ -163,9 +164,9 @@ def build_described(
     try:
         check = partial(_check_size, checkpoint)
         if nc in (None, own_nc) and anchors is None:
-            return DetectionModel(description, nc=own_nc, check=check)
+            return DetectionModel(description, nc=own_nc, check=check, empty=empty)
         check(described_values(read_spec(description, nc=own_nc)))
-        return DetectionModel(description, nc=own_nc if nc is None else nc, anchors=anchors)
+        return DetectionModel(description, nc=own_nc if nc is None else nc, anchors=anchors, empty=empty)
     except ConfigError as error:
         raise CheckpointError(f"{checkpoint.path}: {error}") from None
 

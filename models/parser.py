@@ -170,10 +170,10 @@ MAX_PARAMETERS = 1_000_000_000  # 4 GB; YOLOv5's largest model has 141 million
 
 
 def parse_model(
-    spec: ModelSpec, check: Callable[[int], None] = lambda values: None
+    spec: ModelSpec, check: Callable[[int], None] = lambda values: None, empty: bool = False
 ) -> tuple[nn.Sequential, list[Layer]]:
     """Build the layers of a description, in order; ``check`` is called with the number of values that its state dict
-    will hold, before there is memory for any.
+    will hold, before there is memory for any. ``empty``: whatever is in that memory are the values, for who sets all.
 
     Each module carries ``i`` (index), ``f`` (from, as written), ``type`` (dotted class name) and ``np`` (parameters).
     Raises ConfigError with file and line for a row that cannot be built, when the last row is not Detect, and for more
@@ -181,16 +181,34 @@ def parse_model(
     """
     if sum(_repeats(spec, row) for row in spec.rows) > MAX_BLOCKS:
         raise ConfigError(f"{spec.rows[0].where}: more than {MAX_BLOCKS:,} blocks in all, repeats included")
-    check(described_values(spec))
-    return _build_rows(spec)
+    outline, layers = _outline(spec)
+    check(_values(outline))
+    return (_with_memory(outline), layers) if empty else _build_rows(spec)
 
 
 def described_values(spec: ModelSpec) -> int:
-    """How many values the state dict of a described model holds, found without memory for them: a line of YAML may ask
-    for more than there is. Raises what :func:`parse_model` raises."""
+    """How many values the state dict of a described model holds. Raises what :func:`parse_model` raises."""
+    return _values(_outline(spec)[0])
+
+
+def _outline(spec: ModelSpec) -> tuple[nn.Sequential, list[Layer]]:
+    """The layers without memory for their values: a line of YAML may ask for more than there is."""
     with torch.device("meta"):
-        model, _ = _build_rows(spec)
+        return _build_rows(spec)
+
+
+def _values(model: nn.Module) -> int:
     return sum(value.numel() for value in model.state_dict().values())
+
+
+def _with_memory(outline: nn.Sequential) -> nn.Sequential:
+    """Tensors on the CPU in place of those without memory. Module.to_empty would import torch's compiler for it."""
+    for module in outline.modules():
+        for name, value in module.named_parameters(recurse=False):
+            setattr(module, name, nn.Parameter(torch.empty(value.shape, dtype=value.dtype)))
+        for name, value in module.named_buffers(recurse=False):
+            setattr(module, name, torch.empty(value.shape, dtype=value.dtype))
+    return outline
 
 
 def _build_rows(spec: ModelSpec) -> tuple[nn.Sequential, list[Layer]]:

@@ -45,13 +45,14 @@ class DetectionModel(nn.Module):
         nc: int | None = None,
         anchors: float | list | None = None,
         check: Callable[[int], None] = lambda values: None,
+        empty: bool = False,
     ) -> None:
-        """``check``: as :func:`models.parser.parse_model` calls it."""
+        """``check`` and ``empty`` as in :func:`models.parser.parse_model`."""
         super().__init__()
         read = read_spec(spec, ch, nc, anchors)
         self.yaml_file, self.nc = read.name, read.nc
         self.yaml = {key: value for key, value in read.yaml.items() if key != "dcn"}  # it will name what was made
-        self.model, self.layers = parse_model(read, check)
+        self.model, self.layers = parse_model(read, check, empty)
         self.names = {number: str(number) for number in range(read.nc)}
         self.save = sorted(i for layer in self.layers for i in layer.kept)
         strides = self._measure_strides(read.ch)

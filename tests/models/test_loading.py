@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -87,6 +89,20 @@ def test_load_model_is_ready_for_inference(source: DetectionModel, weights: Path
     assert torch.equal(plain(x)[0], same_order(x)[0])
     assert torch.allclose(fused(x)[0], plain(x)[0], rtol=1e-3, atol=1e-2)
     assert torch.allclose(fused.detect.anchors, source.detect.anchors)
+
+
+def test_a_checkpoint_brings_all_values_so_that_none_is_drawn(weights: Path) -> None:
+    before = torch.get_rng_state()
+    load_model(weights)
+    assert torch.equal(torch.get_rng_state(), before)
+    build_or_load(None, weights, nc=5)  # its head is new
+    assert not torch.equal(torch.get_rng_state(), before)
+
+
+def test_opening_a_checkpoint_imports_no_compiler(weights: Path) -> None:
+    opens = "import sys; from models.loading import load_model; load_model(sys.argv[1]); print('sympy' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", opens, weights], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-1] == "False"
 
 
 def test_several_files_make_an_ensemble(weights: Path, tmp_path: Path) -> None:

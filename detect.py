@@ -32,6 +32,7 @@ from utils.cli import (
 )
 from utils.errors import ConfigError, end_process, run_cli
 from utils.files import ROOT
+from utils.gc_pause import lasting_imports
 
 if TYPE_CHECKING:
     import torch
@@ -112,10 +113,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Detect; returns the exit status (see the top of this file). Raises UserError for wrong input."""
     args = parse_args(sys.argv[1:] if argv is None else argv)
     # Only from here on is anything heavy imported: --help and a wrong flag answer at once.
-    from engine.offset_pictures import OffsetPictures
-    from engine.predictor import closing_lines, predict
-    from engine.window import Window
-    from engine.writers import ResultWriter
+    with lasting_imports():
+        from engine.offset_pictures import OffsetPictures
+        from engine.predictor import closing_lines, predict
+        from engine.window import Window
+        from engine.writers import ResultWriter
     from utils.console import LOGGER, plural, setup_console
     from utils.device import few_threads, select_device
     from utils.files import new_run_dir

@@ -24,6 +24,7 @@ from utils.cli import Parser, check_weights, image_size_flag, keywords_to_argv
 from utils.config import check_thresholds
 from utils.errors import CheckpointError, ConfigError, DataError, run_cli
 from utils.files import ROOT
+from utils.gc_pause import lasting_imports
 
 if TYPE_CHECKING:
     import numpy as np
@@ -136,7 +137,8 @@ def export_all(args: argparse.Namespace) -> list[Path]:
     """The files written. Only from here on is anything heavy imported: --help and a wrong flag answer at once."""
     formats = formats_of(args)
 
-    from deploy.exporter import ExportOptions, check_options, export, prepare
+    with lasting_imports():
+        from deploy.exporter import ExportOptions, check_options, export, prepare
     from utils.config import DataConfig
     from utils.console import LOGGER, setup_console
     from utils.device import select_device

@@ -27,6 +27,7 @@ from utils.cli import (
 )
 from utils.config import DataConfig, Hyp, TrainConfig
 from utils.errors import ConfigError, end_process, is_installed, run_cli
+from utils.gc_pause import lasting_imports
 
 
 def build_parser() -> Parser:
@@ -225,7 +226,8 @@ def main(argv: Sequence[str]) -> int:
         check_weights(cfg.weights)
     hyp, missing = Hyp.load(cfg.hyp)
 
-    from engine.trainer import train
+    with lasting_imports():
+        from engine.trainer import train
 
     notes = list(data.notes)
     if not cfg.noplots and not is_installed("matplotlib"):

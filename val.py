@@ -33,6 +33,7 @@ from utils.cli import (
 from utils.config import DataConfig
 from utils.errors import ConfigError, end_process, is_installed, run_cli
 from utils.files import ROOT
+from utils.gc_pause import lasting_imports
 
 if TYPE_CHECKING:
     import torch
@@ -133,9 +134,10 @@ def helpers_of(args: argparse.Namespace) -> AbstractContextManager[Helpers | Non
 
 def carry_out(args: argparse.Namespace, data: DataConfig) -> Metrics:
     """:func:`measure`, data and flags being right."""
-    import torch
+    with lasting_imports():
+        import torch
 
-    from models.surgery import use_dcn_backend
+        from models.surgery import use_dcn_backend
     from utils.console import LOGGER, setup_console
     from utils.device import few_threads, half_dtype, select_device
     from utils.files import new_run_dir

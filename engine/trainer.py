@@ -146,10 +146,10 @@ def fit(run: Run, multi_scale: MultiScale | None = None) -> None:
                 last = _all_epochs(run, logger, multi_scale, termination)
             hours = (time.perf_counter() - start) / 3600
             LOGGER.info(f"\n{last - first + 1} epochs completed in {hours:.3f} hours.")
+            if helpers:
+                helpers.draw("plot_results", read_results(run.dir / "results.csv"), run.dir / "results.png")
         finally:
             run.background.wait()
-        if helpers:
-            helpers.draw("plot_results", read_results(run.dir / "results.csv"), run.dir / "results.png")
         last_pictures = _final_validation(run, helpers)
     # not before the diagrams: these then are there even where a picture cannot be written
     for drawn in (pictures, last_pictures) if helpers else ():

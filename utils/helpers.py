@@ -24,6 +24,7 @@ from typing import Any
 from utils import curves
 from utils.cores import available_cores
 from utils.errors import ResourceError
+from utils.gc_pause import lasting_imports
 
 MOST_HELPERS = 4
 
@@ -131,6 +132,7 @@ def _begin(folder: str, prepare: Sequence[Callable[[], None]]) -> None:
     os.chdir(folder)
     warnings.simplefilter("ignore")  # matplotlib's, about letters that its font does not have
     logging.disable(logging.WARNING)
-    for function in prepare:
-        with suppress(ImportError):  # what needs it will tell
-            function()
+    with lasting_imports():
+        for function in prepare:
+            with suppress(ImportError):  # what needs it will tell
+                function()

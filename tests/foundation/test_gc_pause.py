@@ -1,0 +1,46 @@
+"""Garbage collection stops while it is told to, and imports that last are left out of it."""
+
+from __future__ import annotations
+
+import gc
+import subprocess
+import sys
+
+import pytest
+import torch  # noqa: F401  # what lasting_imports looks for
+
+from utils.files import ROOT
+from utils.gc_pause import collection_paused, lasting_imports
+
+IMPORTS = """
+import gc
+from utils.gc_pause import lasting_imports
+with lasting_imports():
+    import torch
+    assert not gc.isenabled()
+print(gc.isenabled(), gc.get_freeze_count() > 100_000)
+"""
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_a_pause_ends_as_it_began(enabled: bool) -> None:
+    try:
+        (gc.enable if enabled else gc.disable)()
+        with pytest.raises(ZeroDivisionError), collection_paused():
+            assert not gc.isenabled()
+            raise ZeroDivisionError
+        assert gc.isenabled() is enabled
+    finally:
+        gc.enable()
+
+
+def test_what_torch_made_is_not_looked_through_again() -> None:
+    done = subprocess.run([sys.executable, "-c", IMPORTS], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "True"]
+
+
+def test_a_program_that_has_torch_keeps_its_garbage_collection() -> None:
+    before = gc.get_freeze_count()
+    with lasting_imports():
+        assert gc.isenabled()
+    assert gc.get_freeze_count() == before

@@ -24,6 +24,7 @@ from typing import Any
 
 from benchmarks.report import cpu_name, heading, table
 from utils.errors import end_process, run_cli
+from utils.gc_pause import lasting_imports
 
 ROOT = Path(__file__).resolve().parents[1]
 UPSTREAM = {"yolov5s.yaml": 24.8}
@@ -74,7 +75,9 @@ def child(report: str, begun: float, flags: list[str]) -> None:
     """train.py with a stopwatch; ``begun``: when the parent started this process."""
     watch = Stopwatch()
     import train
-    from engine import trainer
+
+    with lasting_imports():  # as train.py does
+        from engine import trainer
 
     watch.seconds["python, imports"] = time.time() - begun
     for name, part in PARTS.items():

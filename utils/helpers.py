@@ -13,7 +13,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, suppress
 from functools import partial
@@ -25,6 +25,7 @@ from utils import curves
 from utils.cores import available_cores
 from utils.errors import ResourceError
 from utils.gc_pause import lasting_imports
+from utils.signals import interrupts_deferred
 
 MOST_HELPERS = 4
 
@@ -52,11 +53,19 @@ class Helpers(AbstractContextManager):
         self._processes: list[_Helper] = []
         context.Process = self._process
         self._closed = False
-        self._pool = ProcessPoolExecutor(self.count, context, initializer=_begin, initargs=(os.getcwd(), prepare))
-        for _ in range(self.count):
-            self._pool.submit(int)  # nothing to do, but a process starts for each
+        self._given: list[Future] = []
         self._drawn: list[Future] = []
         self._lost = False
+        try:
+            with interrupts_deferred():  # half a pool could not be ended
+                self._pool = ProcessPoolExecutor(
+                    self.count, context, initializer=_begin, initargs=(os.getcwd(), prepare)
+                )
+                for _ in range(self.count):
+                    self._submit(int)  # nothing to do, but a process starts for each
+        except KeyboardInterrupt:
+            self._end()
+            raise
 
     def _process(self, *arguments: Any, **keywords: Any) -> _Helper:
         self._processes.append(_Helper(*arguments, **keywords))
@@ -65,7 +74,7 @@ class Helpers(AbstractContextManager):
     def draw(self, name: str, *arguments: Any) -> None:
         """Have ``curves.<name>(*arguments)`` done. The arguments are pickled: plain data, paths and arrays."""
         try:
-            self._drawn.append(self._pool.submit(getattr(curves, name), *arguments))
+            self._drawn.append(self._submit(getattr(curves, name), *arguments))
         except BrokenProcessPool:
             self._lost = True  # the run goes on: close() tells
 
@@ -74,7 +83,7 @@ class Helpers(AbstractContextManager):
         result are pickled. When a helper is lost, the one who asks for the result calls the function."""
         here = partial(function, *arguments)
         try:
-            future = self._pool.submit(function, *arguments)
+            future = self._submit(function, *arguments)
         except BrokenProcessPool:
             return here
 
@@ -91,7 +100,8 @@ class Helpers(AbstractContextManager):
         if self._closed:
             return
         self._closed = True
-        self._pool.shutdown()
+        wait(self._given)
+        self._shut_down()
         try:
             for future in self._drawn:
                 future.result()
@@ -105,9 +115,22 @@ class Helpers(AbstractContextManager):
             if kind is None:
                 self.close()
         finally:  # if the run has failed or Ctrl-C came, nobody waits for pictures
-            for process in self._processes:
-                if process.pid:  # it was started
-                    process.kill()
+            self._end()
+
+    def _end(self) -> None:
+        for process in self._processes:
+            if process.pid:  # it was started
+                process.kill()
+        self._shut_down()
+
+    def _submit(self, function: Callable[..., Any], *arguments: Any) -> Future:
+        self._given.append(self._pool.submit(function, *arguments))
+        return self._given[-1]
+
+    def _shut_down(self) -> None:
+        """Leave the pool, in which nobody works any more. Ctrl-C waits: where it interrupts the waiting for a thread,
+        Python before 3.13 takes the thread for ended and closes what that still uses."""
+        with interrupts_deferred():
             self._pool.shutdown(cancel_futures=True)
 
 

@@ -7,7 +7,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +52,32 @@ def test_helpers_end_with_a_run_that_fails(tmp_path: Path) -> None:
         raise KeyboardInterrupt
     assert not multiprocessing.active_children()
     assert time.perf_counter() - start < 5
+
+
+def test_ctrl_c_while_helpers_start_ends_those_that_did(monkeypatch: pytest.MonkeyPatch) -> None:
+    submit = ProcessPoolExecutor.submit
+
+    def interrupted(pool: ProcessPoolExecutor, *arguments: object) -> Future:
+        future = submit(pool, *arguments)
+        signal.raise_signal(signal.SIGINT)
+        return future
+
+    monkeypatch.setattr(ProcessPoolExecutor, "submit", interrupted)
+    before = threading.active_count()
+    with pytest.raises(KeyboardInterrupt):
+        Helpers(cores=8)
+    assert not multiprocessing.active_children() and threading.active_count() == before
+
+
+def test_ctrl_c_while_they_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    faults: list = []
+    monkeypatch.setattr(threading, "excepthook", faults.append)
+    ctrl_c = threading.Timer(0.5, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt), Helpers(cores=1, prepare=()) as helpers:
+        helpers.begin(time.sleep, 600)
+        ctrl_c.start()
+    ctrl_c.join()
+    assert not faults and not multiprocessing.active_children()
 
 
 @pytest.mark.parametrize("idle", [True, False], ids=["idle", "busy"])

@@ -14,7 +14,7 @@ import argparse
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -317,21 +317,22 @@ def one_pass(
     shapes = [imgsz] * len(loader) if dataset.batch_shapes is None else map(tuple, dataset.batch_shapes.tolist())
     most_alike = max(Counter(shapes).values(), default=0)
     forward = forward_of(model, device, args, most_alike)
-    return evaluate(
-        forward,
-        loader,
-        device=device,
-        names=data.names,
-        conf_thres=args.conf_thres,
-        iou_thres=args.iou_thres,
-        max_det=args.max_det,
-        single_cls=args.single_cls,
-        amp_dtype=args.amp_dtype,
-        hybrid=args.save_hybrid,
-        overlap=args.cuda_graphs != "off" and args.task not in ("speed", "study"),  # these measure each stage
-        observers=observers,
-        on_last=on_last,
-    )
+    with closing(loader):
+        return evaluate(
+            forward,
+            loader,
+            device=device,
+            names=data.names,
+            conf_thres=args.conf_thres,
+            iou_thres=args.iou_thres,
+            max_det=args.max_det,
+            single_cls=args.single_cls,
+            amp_dtype=args.amp_dtype,
+            hybrid=args.save_hybrid,
+            overlap=args.cuda_graphs != "off" and args.task not in ("speed", "study"),  # these measure each stage
+            observers=observers,
+            on_last=on_last,
+        )
 
 
 def names_exported(args: argparse.Namespace) -> bool:

@@ -101,22 +101,24 @@ def _train(
     train_set, val_set = build_datasets(cfg, hyp, data, frame, world)
     frame = within_data(frame, len(train_set), world)
     train_set.set_batch_size(frame.rank_batch)
-    loader, val_loader = build_loaders(cfg, train_set, val_set, frame, world, device)
-    if not (cfg.resume or cfg.image_weights):  # which begin elsewhere in the data
-        loader.begin()  # its processes start beside what follows
-    if not (cfg.noautoanchor or cfg.resume):
-        if world.main:
-            fit_anchors(model, train_set, hyp, frame, cfg)
-        share_anchors(model, world)
-    LOGGER.info(summarize(model, frame.imgsz).totals())
-    learner = build_learner(model, cfg, hyp, frame, len(loader), device, world)
-    progress = Progress(EarlyStopping(cfg.patience))
-    if cfg.resume:
-        restore(cfg.resume, learner, progress)
-        _check_unfinished(cfg, progress)
-    _check_same_start(progress, world)
-
     with ExitStack() as held:
+        loader, val_loader = build_loaders(cfg, train_set, val_set, frame, world, device)
+        held.callback(val_loader.close)
+        held.callback(loader.close)
+        if not (cfg.resume or cfg.image_weights):  # which begin elsewhere in the data
+            loader.begin()  # its processes start beside what follows
+        if not (cfg.noautoanchor or cfg.resume):
+            if world.main:
+                fit_anchors(model, train_set, hyp, frame, cfg)
+            share_anchors(model, world)
+        LOGGER.info(summarize(model, frame.imgsz).totals())
+        learner = build_learner(model, cfg, hyp, frame, len(loader), device, world)
+        progress = Progress(EarlyStopping(cfg.patience))
+        if cfg.resume:
+            restore(cfg.resume, learner, progress)
+            _check_unfinished(cfg, progress)
+        _check_same_start(progress, world)
+
         run_dir = Path(broadcast(str(open_run_dir(cfg, hyp, world, held)), world))
         run = Run(cfg, hyp, data, run_dir, learner, loader, val_loader, progress, world, watch)
         multi_scale = MultiScale(frame.imgsz, frame.stride, cfg.seed) if cfg.multi_scale else None

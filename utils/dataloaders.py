@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count, islice
+from types import TracebackType
 
 import cv2
 import numpy as np
@@ -224,6 +226,17 @@ class DetectionLoader(DataLoader):
         with interrupts_deferred():  # Ctrl-C while processes start would be lost in them
             self._stream = super().__iter__()
 
+    def close(self) -> None:
+        """End its processes: each when the batch that it is at is done. A later iteration starts others.
+
+        A loader that is forgotten ends them as well. But an exception keeps it until garbage is collected, in which
+        the message that ends them is lost (torch waits 10 seconds for each process), and the end of Python waits for
+        those that stay after a first SIGTERM.
+        """
+        stream, self._stream, self._iterator, self._stream_epoch = self._stream, None, None, -1
+        if stream is not None and self.num_workers:
+            stream._shutdown_workers()
+
     def __iter__(self) -> Iterator[Batch]:
         return self._clear_errors(self._epoch())
 
@@ -339,10 +352,18 @@ def _keep_freed_memory() -> None:
         pass
 
 
+def _told_by_the_program(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    """What sys.excepthook of a loader process does: in it, a thread hands tensors over, and a program that ends while
+    it is taking one leaves it with a closed connection."""
+    if not isinstance(error, (EOFError, ConnectionError)):
+        sys.__excepthook__(kind, error, traceback)
+
+
 def _start_worker(patient: bool, _: int) -> None:
     """One core each: many processes with many threads only get in each other's way. And no end before its time."""
     if patient:
         outlive_first_sigterm()
+    sys.excepthook = _told_by_the_program
     _keep_freed_memory()
     cv2.setNumThreads(0)
     torch.set_num_threads(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -60,6 +61,22 @@ def test_a_second_run_gets_its_own_folder_and_the_same_numbers(tmp_path: Path, t
     first, second = tmp_path / "runs" / "exp", tmp_path / "runs" / "exp2"
     assert rows_of(first) == rows_of(second)
     assert all(torch.equal(a, b) for a, b in zip(weights_of(first).values(), weights_of(second).values()))
+
+
+def test_a_training_that_fails_leaves_no_processes(train_cli, monkeypatch) -> None:
+    """Those of its loader stay after a first SIGTERM, and the end of Python waited half a minute for them."""
+    import engine.trainer
+
+    before, during = set(multiprocessing.active_children()), set()
+
+    def faulty(*_: object) -> None:
+        during.update(multiprocessing.active_children())
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(engine.trainer, "train_one_epoch", faulty)
+    with pytest.raises(ZeroDivisionError):
+        train_cli("--workers", "2")
+    assert during - before and not set(multiprocessing.active_children()) - before
 
 
 @pytest.mark.parametrize("extra", [[], [*DCN, "--optimizer", "AdamW", "--image-weights", "--multi-scale"]])

@@ -5,7 +5,10 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ import torch
 from utils.dataloaders import EpochSampler, collate_quad, create_dataloader, earlier
 from utils.dataset import DetectionDataset, Draw, Sample
 from utils.errors import DataError, ResourceError
+from utils.files import ROOT
 
 ROWS = "0 .5 .5 .4 .4\n1 .3 .3 .2 .2\n"
 
@@ -150,6 +154,40 @@ def test_only_a_training_has_its_processes_stay_after_a_sigterm(data: DetectionD
     loader._stream._shutdown_workers()
     signal.signal(signal.SIGCHLD, torchs)
     assert stays == patient
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_a_closed_loader_leaves_no_processes_and_can_be_used_again(data: DetectionDataset, begun: bool) -> None:
+    """Also when it is closed by an exception that has the loader in its traceback."""
+    before, loader = set(multiprocessing.active_children()), create_dataloader(data, 2, workers=2)
+    with pytest.raises(ZeroDivisionError), closing(loader):
+        if begun:
+            loader.begin()
+        for _ in loader:
+            assert set(multiprocessing.active_children()) > before
+            raise ZeroDivisionError
+    assert not set(multiprocessing.active_children()) - before
+    expected = [batch.paths for batch in create_dataloader(data, 2, workers=0)]
+    with closing(loader):
+        assert [batch.paths for batch in loader] == expected
+    with closing(create_dataloader(data, 2, workers=0)) as plain:
+        next(iter(plain))
+
+
+LEAVES = """
+import time
+from multiprocessing import connection, resource_sharer
+from utils.dataloaders import _start_worker
+_start_worker(False, 0)
+address, _ = resource_sharer._resource_sharer.register(lambda *_: None, lambda: None)
+connection.SocketClient(address).close()
+time.sleep(0.5)
+"""
+
+
+def test_a_program_that_ends_while_it_takes_a_batch_leaves_no_traceback() -> None:
+    done = subprocess.run([sys.executable, "-c", LEAVES], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
 
 
 def test_a_process_that_may_have_no_children_loads_by_itself(data: DetectionDataset, monkeypatch) -> None:

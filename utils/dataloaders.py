@@ -230,7 +230,7 @@ class DetectionLoader(DataLoader):
         """End its processes: each when the batch that it is at is done. A later iteration starts others.
 
         A loader that is forgotten ends them as well. But an exception keeps it until garbage is collected, in which
-        the message that ends them is lost (torch waits 10 seconds for each process), and the end of Python waits for
+        the message that ends them is lost (torch waits up to 10 seconds for each), and the end of Python waits for
         those that stay after a first SIGTERM.
         """
         stream, self._stream, self._iterator, self._stream_epoch = self._stream, None, None, -1

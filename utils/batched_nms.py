@@ -165,8 +165,8 @@ def greedy(kept: Tensor, block: Tensor, valid: Tensor, iou_thres: float, rounds:
     """
     earlier = kept.shape[1]
     overlap = _overlaps(torch.cat((kept, block), 1), earlier, iou_thres)
-    if earlier:
-        valid = valid & ~overlap[:, :earlier].any(1)
+    # of its own, so that eight lie together
+    valid = valid & ~overlap[:, :earlier].any(1) if earlier else valid.clone(memory_format=torch.contiguous_format)
     eight = torch.int64 if block.shape[1] % 8 == 0 else torch.bool  # answers, of a byte each, looked at as one number
     hidden_by = overlap[:, earlier:].tril(-1).view(eight)  # [i, j]: j is better and overlaps i
     stays = before = valid

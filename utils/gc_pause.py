@@ -6,6 +6,7 @@ import gc
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 
 @contextmanager
@@ -22,17 +23,25 @@ def collection_paused() -> Iterator[None]:
 
 @contextmanager
 def lasting_imports() -> Iterator[None]:
-    """Inside, what is heavy is imported: torch, and what needs it.
+    """Inside, a command imports what is heavy: torch, and what needs it.
 
     Importing torch makes 300,000 objects, which Python would look through for garbage again and again, a fifth of the
     time that the import takes, and once more later, also in every process forked from this one, whose memory then is
-    no longer shared. They stay until the end anyway, so that they are taken out (gc.freeze). Where torch is loaded
-    already, in a program that calls this one, nothing is changed.
+    no longer shared. They stay until the end anyway, so that they are taken out (gc.freeze). In another program, which
+    calls this one and has objects of its own, nothing is changed.
     """
-    if "torch" in sys.modules:
+    if "torch" in sys.modules or not _is_command():
         yield
         return
     gc.collect()
     with collection_paused():
-        yield
-        gc.freeze()
+        try:
+            yield
+        finally:  # after Ctrl-C as well: a second one would come in the middle of looking through them
+            gc.freeze()
+
+
+def _is_command() -> bool:
+    """Whether the program that runs is one of this repository's."""
+    program = getattr(sys.modules["__main__"], "__file__", None)
+    return program is not None and Path(program).resolve().is_relative_to(Path(__file__).resolve().parents[1])

@@ -24,7 +24,6 @@ from typing import Any
 from utils import curves
 from utils.cores import available_cores
 from utils.errors import ResourceError
-from utils.gc_pause import lasting_imports
 from utils.signals import interrupts_deferred
 
 MOST_HELPERS = 4
@@ -56,6 +55,7 @@ class Helpers(AbstractContextManager):
         self._given: list[Future] = []
         self._drawn: list[Future] = []
         self._lost = False
+        self._pool: ProcessPoolExecutor | None = None
         try:
             with interrupts_deferred():  # half a pool could not be ended
                 self._pool = ProcessPoolExecutor(
@@ -131,7 +131,8 @@ class Helpers(AbstractContextManager):
         """Leave the pool, in which nobody works any more. Ctrl-C waits: where it interrupts the waiting for a thread,
         Python before 3.13 takes the thread for ended and closes what that still uses."""
         with interrupts_deferred():
-            self._pool.shutdown(cancel_futures=True)
+            if self._pool:
+                self._pool.shutdown(cancel_futures=True)
 
 
 class _Helper(SpawnProcess):
@@ -155,7 +156,6 @@ def _begin(folder: str, prepare: Sequence[Callable[[], None]]) -> None:
     os.chdir(folder)
     warnings.simplefilter("ignore")  # matplotlib's, about letters that its font does not have
     logging.disable(logging.WARNING)
-    with lasting_imports():
-        for function in prepare:
-            with suppress(ImportError):  # what needs it will tell
-                function()
+    for function in prepare:
+        with suppress(ImportError):  # what needs it will tell
+            function()

@@ -135,7 +135,9 @@ def interrupts_deferred() -> Iterator[None]:
     process with a traceback; afterwards the parent ends its processes itself.
     """
     came: list[int] = []
-    with _handled(came.append, signal.SIGINT):
-        yield
-    for number in came:
-        signal.raise_signal(number)
+    try:
+        with _handled(came.append, signal.SIGINT):
+            yield
+    finally:
+        for number in came:
+            signal.raise_signal(number)

@@ -168,6 +168,14 @@ def test_signals_wait_until_processes_are_started(number: int) -> None:
     assert signal.getsignal(number) is before
 
 
+def test_a_signal_is_not_lost_where_a_process_cannot_be_started() -> None:
+    with pytest.raises(KeyboardInterrupt):
+        with interrupts_deferred():
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)
+            raise OSError("no more processes")
+
+
 def test_processes_being_started_end_with_sigterm_and_do_not_hear_ctrl_c() -> None:
     with interrupts_deferred():
         child = os.fork()

@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torchvision.ops import batched_nms
+from torchvision.ops import batched_nms, box_iou
 
 from utils import batched_nms as at_once_module
 from utils import nms as nms_module
-from utils.batched_nms import recorded_step
+from utils.batched_nms import greedy, recorded_step
 from utils.cuda_graphs import CudaGraphs
 from utils.errors import ConfigError
 from utils.nms import non_max_suppression
@@ -235,3 +235,15 @@ def test_without_a_library_of_its_own_the_package_is_imported(monkeypatch):
     kernel = nms_module._kernel.__wrapped__()
     assert kernel.__module__.startswith("torchvision")
     assert kernel(boxes, scores, 0.5).tolist() == nms_module._kernel()(boxes, scores, 0.5).tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("length", [8, 24, 21])
+@pytest.mark.parametrize("kept", [0, 2])
+def test_boxes_that_count_may_be_told_by_a_part_of_a_tensor(length: int, kept: int) -> None:
+    boxes, valid = torch.rand(2, length, 4).cumsum(2), (torch.rand(2, length + 3) > 0.3)[:, 3:]
+    stays, final = greedy(boxes[:, :kept] + 10, boxes, valid, 0.4, length)  # those kept are elsewhere
+    expected = torch.zeros_like(valid)
+    for image, overlap in enumerate(box_iou(each, each) > 0.4 for each in boxes):
+        for i in range(length):
+            expected[image, i] = valid[image, i] and not (expected[image, :i] & overlap[i, :i]).any()
+    assert final and torch.equal(stays, expected) and stays.sum() < valid.sum()

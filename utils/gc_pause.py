@@ -42,6 +42,10 @@ def lasting_imports() -> Iterator[None]:
 
 
 def _is_command() -> bool:
-    """Whether the program that runs is one of this repository's."""
-    program = getattr(sys.modules["__main__"], "__file__", None)
-    return program is not None and Path(program).resolve().is_relative_to(Path(__file__).resolve().parents[1])
+    """Whether the program that runs is one of this repository's, and not one of an environment inside its folder,
+    such as a notebook's."""
+    file = getattr(sys.modules["__main__"], "__file__", None)
+    if file is None:
+        return False
+    program, root = Path(file).resolve(), Path(__file__).resolve().parents[1]
+    return program.is_relative_to(root) and not program.is_relative_to(Path(sys.prefix).resolve())

@@ -38,7 +38,13 @@ def test_a_pause_ends_as_it_began(enabled: bool) -> None:
         gc.enable()
 
 
-@pytest.mark.parametrize(("program", "said"), [("train.py", "False True True"), ("/usr/mine.py", "True True False")])
+NOTEBOOK = f"{sys.prefix}/lib/python3/site-packages/ipykernel_launcher.py"
+
+
+@pytest.mark.parametrize(
+    ("program", "said"),
+    [("train.py", "False True True"), ("/usr/mine.py", "True True False"), (NOTEBOOK, "True True False")],
+)
 def test_what_torch_made_is_not_looked_through_again_in_a_command(program: str, said: str) -> None:
     """Also after Ctrl-C, where the next one would come in the middle of it. A caller's own objects may be garbage."""
     done = subprocess.run(
